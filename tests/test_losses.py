@@ -1,0 +1,87 @@
+"""Margins and ArcFace against slow references, and where the published code went wrong."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import utilities
+
+
+def slow_arcface(cosine, labels, margins, scale):
+    """Row by row in float64, from the angle itself."""
+    losses = []
+    for row, label in zip(cosine.double().tolist(), labels.tolist()):
+        margin, logits = float(margins[label]), [scale * value for value in row]
+        angle = math.acos(max(-1, min(1, row[label])))
+        shifted = math.cos(angle + margin) if angle + margin < math.pi else row[label] - margin * math.sin(margin)
+        logits[label] = scale * shifted
+        top = max(logits)
+        losses.append(top + math.log(sum(math.exp(value - top) for value in logits)) - logits[label])
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_arcface_equals_a_row_by_row_reference(seed):
+    generator = torch.Generator().manual_seed(seed)
+    cosine = torch.rand(16, 7, generator=generator) * 1.98 - .99
+    labels, margins = torch.randint(7, (16,), generator=generator), torch.rand(7, generator=generator) * .5
+    loss = utilities.arcface_loss(cosine, labels, margins, scale=30.)
+    assert loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, 30.), rel=1e-5)
+
+
+def test_arcface_gradient_equals_finite_differences():
+    cosine = (torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.8 - .9)
+    labels, margins, step = torch.tensor([0, 1, 2, 3]), torch.full((5,), .4), 1e-6
+    leaf = cosine.float().requires_grad_()
+    utilities.arcface_loss(leaf, labels, margins).backward()
+    for row, column in [(0, 0), (1, 4), (2, 2)]:
+        up, down = cosine.clone(), cosine.clone()
+        up[row, column] += step
+        down[row, column] -= step
+        slope = (slow_arcface(up, labels, margins, 30.) - slow_arcface(down, labels, margins, 30.)) / (2 * step)
+        assert leaf.grad[row, column].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+def test_arcface_equals_pytorch_metric_learning_at_a_constant_margin():
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    for subcenters in (1, 3):
+        torch.manual_seed(0)
+        ours = utilities.SubcenterHead(16, 6, dim=16, subcenters=subcenters)
+        embedding, labels = torch.randn(12, 16), torch.arange(12) % 6
+        theirs = (losses.ArcFaceLoss if subcenters == 1 else losses.SubCenterArcFaceLoss)(
+            6, 16, margin=math.degrees(.3), scale=30, **({} if subcenters == 1 else {'sub_centers': subcenters}))
+        theirs.W.data = ours.centers.data.T.clone()
+        expected = theirs(embedding, labels)
+        loss = utilities.arcface_loss(ours.cosine(embedding), labels, torch.full((6,), .3))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('value', [1.0, -1.0])
+def test_the_gradient_is_finite_where_the_cosine_is_one(value):
+    cosine = torch.full((2, 3), value, requires_grad=True)
+    utilities.arcface_loss(cosine, torch.tensor([0, 1]), torch.tensor([.05, .3, .5])).backward()
+    assert cosine.grad.isfinite().all()
+
+
+def test_past_pi_the_target_logit_goes_on_falling():
+    near, past = torch.tensor([[-.99, 0.]]), torch.tensor([[-.9999, 0.]])
+    margins = torch.tensor([.5, .5])
+    assert utilities.arcface_loss(past, torch.tensor([0]), margins) > \
+        utilities.arcface_loss(near, torch.tensor([0]), margins)
+
+
+def test_margins_run_from_the_most_frequent_class_to_the_rarest():
+    margins = utilities.adaptive_margins([4, 10, 50]).numpy()
+    share = (np.array([4, 10, 50]) ** -.25 - 50 ** -.25) / (4 ** -.25 - 50 ** -.25)
+    assert margins == pytest.approx(.05 + .45 * share, abs=1e-6)
+
+
+def test_equal_counts_give_the_middle_margin_and_no_nan():
+    assert utilities.adaptive_margins([7, 7, 7]).tolist() == pytest.approx([.275] * 3)
+
+
+@pytest.mark.parametrize('counts', [[3, 0], []])
+def test_a_class_without_photographs_is_an_error(counts):
+    with pytest.raises(ValueError, match='at least one photograph'):
+        utilities.adaptive_margins(counts)

@@ -1,0 +1,173 @@
+"""Towers, head, parameter groups: what is loaded, what is trained and how fast."""
+import json
+from collections import Counter
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import utilities
+
+MINIATURE = 'local-dir:media/miniature'
+
+
+@pytest.fixture(scope='module')
+def tower():
+    return utilities.load_image_tower(MINIATURE)
+
+
+def with_head(tower, n_classes=5):
+    return utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, n_classes))
+
+
+def test_the_miniature_is_open_clips_own_vision_transformer_with_the_shipped_weights(tower):
+    assert type(tower) is open_clip.transformer.VisionTransformer
+    shipped = load_file('media/miniature/open_clip_model.safetensors')
+    assert torch.equal(tower.state_dict()['proj'], shipped['visual.proj'].float())
+    assert tower.spec.image_size == 64 and tower.spec.activation == 'gelu'
+
+
+def test_a_larger_image_size_resizes_the_position_embedding_only(tower):
+    larger = utilities.load_image_tower(MINIATURE, image_size=96)
+    changed = [name for name, tensor in larger.state_dict().items() if tensor.shape != tower.state_dict()[name].shape]
+    assert changed == ['positional_embedding'] and len(larger.positional_embedding) == 6 * 6 + 1
+
+
+@pytest.mark.parametrize('model_name, pretrained, words', [
+    ('ViT-H-15', 'laion2b_s32b_b79k', 'Did you mean ViT-H-14'),
+    ('ViT-H-14', 'laion3b', 'its tags are laion2b_s32b_b79k'),
+    ('ViT-H-14', '', 'neither a weights file nor a tag'),
+    ('ViT-L-14', __file__, 'tag@'),
+    ('local-dir:nowhere', '', 'nowhere'),
+    ('timm:efficientnet_light0', 'random', 'Did you mean'),
+    ('timm:efficientnet_lite0', 'nowhere.pth', 'does not exist'),
+])
+def test_a_wrong_name_or_file_is_one_sentence(model_name, pretrained, words):
+    with pytest.raises(ValueError, match=words) as error:
+        utilities.load_image_tower(model_name, pretrained)
+    assert '\n' not in str(error.value)
+
+
+def test_a_local_file_keeps_its_tags_activation_and_normalisation(tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model('ViT-B-32', force_quick_gelu=True)
+    torch.save(model.state_dict(), tmp_path / 'weights')
+    loaded = utilities.load_image_tower('ViT-B-32', f'openai@{tmp_path}/weights')
+    assert loaded.spec.activation == 'quick_gelu' and loaded.spec.mean[0] == pytest.approx(.48145466)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.allclose(loaded.eval()(images), model.eval().visual(images), atol=1e-6)
+
+
+def test_any_module_serves_as_a_tower():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 6))
+    spec = utilities.TowerSpec('mine', '', 8, (.5,) * 3, (.5,) * 3, '', 6, {})
+    vectors = utilities.Embedder(module, spec=spec)(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    assert vectors.shape == (4, 6) and torch.allclose(vectors.norm(dim=1), torch.ones(4))
+    with pytest.raises(ValueError, match='TowerSpec'):
+        utilities.Embedder(module)
+
+
+def test_the_initial_head_depends_on_its_own_seed_alone():
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(utilities.SubcenterHead(8, 4, seed=5).state_dict())
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert not torch.equal(heads[0]['centers'], utilities.SubcenterHead(8, 4, seed=6).centers)
+
+
+def test_one_pass_with_the_mean_mask_equals_five_dropped_out_passes():
+    head = utilities.SubcenterHead(64, 3, dim=16).train()
+    features = torch.randn(32, 64)
+    torch.manual_seed(1)
+    mask = sum(torch.nn.functional.dropout(torch.ones_like(features), p) for p in head.DROPOUTS) / 5
+    first = torch.nn.functional.dropout(features, .1)
+    torch.manual_seed(1)
+    masks = [torch.nn.functional.dropout(torch.ones_like(features), p) for p in head.DROPOUTS]
+    torch.nn.functional.dropout(features, .1)
+    five = sum(head.embedding(first * m) for m in masks) / 5
+    torch.manual_seed(1)
+    assert torch.allclose(five, head.embedding(first * mask), atol=1e-5)
+    torch.manual_seed(1)
+    assert torch.allclose(head(features), five, atol=1e-5)
+
+
+def test_the_cosine_is_to_the_nearest_centre():
+    head = utilities.SubcenterHead(4, 2, dim=4, subcenters=3)
+    embedding = torch.randn(5, 4)
+    every = torch.nn.functional.cosine_similarity(embedding[:, None], head.centers[None], dim=2)
+    assert torch.allclose(head.cosine(embedding), every.view(5, 2, 3).amax(2), atol=1e-6)
+
+
+def full_size(name):
+    config = open_clip.get_model_config(name)
+    spec = utilities.TowerSpec(name, 'random', 224, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
+        'library': 'open_clip', 'embed_dim': config['embed_dim'], 'vision_cfg': config['vision_cfg'],
+        'quick_gelu': False})
+    with torch.device('meta'):
+        return utilities.build_tower(spec)
+
+
+@pytest.mark.parametrize('name, notebook, millions', [('ViT-H-14', 'train_vit_h_224', 632), ('ViT-L-14', 'train_vit_l_336', 304)])
+def test_the_real_towers_take_the_recipes_learning_rates(name, notebook, millions):
+    config = configuration(notebook)
+    model = with_head(full_size(name))
+    groups = utilities.param_groups(model, config)
+    assert round(sum(p.numel() for p in model.tower.parameters()) / 1e6) == millions
+    names = Counter(name for group in groups for name in group['names'])
+    assert set(names) == {name for name, _ in model.named_parameters()} and set(names.values()) == {1}
+    for group in groups:
+        for name, parameter in zip(group['names'], group['params']):
+            block = utilities.BLOCK.search(name)
+            expected = next(lr for end, lr in config.bands if int(block[1]) < end) if block else \
+                config.head_lr if name.startswith('head') else \
+                config.bands[-1][1] if 'ln_post' in name or 'proj' in name else config.bands[0][1]
+            kept = parameter.ndim == 1 or 'embedding' in name.split('.')[-1]
+            decay = 0 if kept else config.head_decay if name.startswith('head') else config.tower_decay
+            assert (group['lr'], group['weight_decay']) == (expected, decay), name
+
+
+def configuration(notebook):
+    """The Config of a training notebook's configuration cell."""
+    cells = json.load(open(f'{notebook}.ipynb'))['cells']
+    source, = (''.join(cell['source']) for cell in cells if 'configuration' in cell['metadata'].get('tags', []))
+    names = {'utilities': utilities}
+    exec(source, names)
+    return names['config']
+
+
+def test_the_notebooks_configurations_are_the_published_recipe():
+    for notebook, blocks in (('train_vit_h_224', (10, 20, 26, 32)), ('train_vit_l_336', (8, 16, 20, 24))):
+        config = configuration(notebook)
+        assert config.bands == tuple(zip(blocks, (1.25e-6, 2.5e-6, 5e-6, 1e-5)))
+        assert (config.head_lr, config.head_decay, config.tower_decay) == (3e-4, 1e-5, 1e-3)
+        assert (config.batch_size, config.effective_batch, config.epochs, config.warmup_steps) == (8, 32, 1, 1000)
+        assert (config.subcenters, config.scale, config.margin_min, config.margin_width) == (3, 30, .05, .45)
+        assert (config.n_classes, config.min_images, config.max_images) == (9691, 4, 50)
+        assert (config.embedding_dim, config.seed) == (512, 5)
+    assert configuration('train_vit_h_224').image_size == 224 and configuration('train_vit_l_336').image_size == 336
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'epochs': -1}, 'Config.epochs is -1'), ({'batch_size': 0}, 'Config.batch_size'), ({'scale': 0}, 'Config.scale'),
+    ({'bands': ()}, 'Config.bands'), ({'bands': ((5, 1.), (3, 1.))}, 'rising'), ({'effective_batch': 12}, 'multiple'),
+    ({'precision': 'fp8'}, 'precision'), ({'epoch': 1}, "no field 'epoch'"), ({'image_size': 'big'}, 'image_size'),
+])
+def test_a_configuration_out_of_range_is_one_sentence(change, words):
+    with pytest.raises(ValueError, match=words):
+        utilities.Config().override(**change)
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = utilities.Config(augmentation='cutout', bands=((3, 1e-3), (6, 1e-2)))
+    config.save(tmp_path / 'config.json')
+    assert utilities.Config.load(tmp_path / 'config.json') == config
+
+
+def test_unknown_words_are_reported(capsys):
+    encode = utilities.load_text_tower(MINIATURE)
+    vectors = encode(['hot dog', 'hot zyzzyva'])
+    assert vectors.shape == (2, utilities.load_image_tower(MINIATURE).spec.width)
+    assert '1 words are unknown' in capsys.readouterr().out
