@@ -1,6 +1,7 @@
 """The embedded data and its runner: everything that lets the notebooks run without a GPU and without Kaggle's data.
 
-    python demo.py run         the four notebooks on the emoji world, a results table at the end (what `make demo` calls)
+    python demo.py run         the four notebooks on the emoji world, a table at the end (what `make demo` calls)
+    python demo.py publish     their executed copies, with outputs, over the notebooks here
     python demo.py world       only the photographs, under runs/demo/world
     python demo.py pretrain    the miniature CLIP under media/miniature (about 25 minutes on 2 cores)
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
@@ -9,21 +10,25 @@ An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the
 "photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
 """
 import argparse
+import hashlib
 import json
 import re
+import sys
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 MEDIA = Path(__file__).resolve().parent / 'media'
-SPLITS = {'pretraining': 560, 'training': 360, 'selection': 75, 'unseen': 200}  # the rest: distractors in the unseen index
+SPLITS = {'pretraining': 560, 'training': 360, 'selection': 75, 'unseen': 200}  # the rest: distractors
 # Left out: what differs by a hand or an arrow's direction alone, and signs that are text rather than things.
 SIGNS = re.compile(r'arrow|triangle|clock face|regional|fitzpatrick|squared|negative circled|(white|black) .*square'
                    r'|ideograph|large .* (square|circle)|diamond|encircled|symbol for|check mark|question'
@@ -117,16 +122,17 @@ def photograph(codepoint, rng, size):
 
 
 def write_object(row, folder, views, size, seed):
-    """Writes `views` photographs of one object; returns their paths relative to `folder`."""
-    rng = np.random.default_rng([seed, int(row.codepoint, 16)])
-    (folder / row.split / row.codepoint).mkdir(parents=True, exist_ok=True)
-    names = [f'{row.split}/{row.codepoint}/{view}.jpg' for view in range(views)]
+    """Writes `views` photographs of one row of objects(), as a tuple; returns their paths relative to `folder`."""
+    _, codepoint, _, split = row
+    rng = np.random.default_rng([seed, int(codepoint, 16)])
+    (folder / split / codepoint).mkdir(parents=True, exist_ok=True)
+    names = [f'{split}/{codepoint}/{view}.jpg' for view in range(views)]
     for name in names:
-        Image.fromarray(photograph(row.codepoint, rng, size)).save(folder / name, quality=92)
+        Image.fromarray(photograph(codepoint, rng, size)).save(folder / name, quality=92)
     return names
 
 
-def make_world(folder, *, training=16, query=3, index=4, size=96, seed=5):
+def make_world(folder, *, training=12, query=3, index=4, size=96, seed=5):
     """Photographs of the emoji world under `folder` and the CSV files that name them; made once, then found again.
 
     train.csv: `training` views of every training object. selection_query.csv and selection_index.csv: objects on which
@@ -138,10 +144,13 @@ def make_world(folder, *, training=16, query=3, index=4, size=96, seed=5):
         return folder
     rng = np.random.default_rng(seed)
     shelves = {name: [] for name in ('train', 'selection_query', 'selection_index', 'query', 'index')}
-    for row in objects().query("split != 'pretraining'").itertuples():
-        searched = query + int(rng.integers(1, 2 * index))
-        views = {'training': training, 'distractor': index}.get(row.split, searched)
-        names = write_object(row, folder, views, size, seed)
+    rows = list(objects().query("split != 'pretraining'").itertuples(name='Object'))
+    views = [{'training': training, 'distractor': index}.get(row.split, query + int(rng.integers(1, 2 * index)))
+             for row in rows]
+    with ProcessPoolExecutor() as pool:
+        written = pool.map(write_object, map(tuple, rows), repeat(folder), views, repeat(size), repeat(seed))
+        written = list(tqdm(written, 'photographing the emoji world', total=len(rows), file=sys.stdout))
+    for row, names in zip(rows, written):
         prefix = 'selection_' if row.split == 'selection' else ''
         parts = {'training': {'train': names}, 'distractor': {'index': names}}.get(
             row.split, {f'{prefix}query': names[:query], f'{prefix}index': names[query:]})
@@ -173,7 +182,6 @@ def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'
     import torch
     import torch.nn.functional as F
     from safetensors.torch import save_file
-    from tqdm.auto import tqdm
 
     import utilities
     torch.manual_seed(seed)
@@ -216,7 +224,9 @@ def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'
         schedule.step()
         bar.set_postfix(contrast=f'{contrast.item():.2f}', proxy=f'{proxy.item():.2f}')
         if step % 100 == 0 or step == steps:
-            save_file({name: tensor.half() for name, tensor in model.state_dict().items()},
+            # in half precision, but for the position embedding: torch resizes none to another image size in that
+            save_file({name: tensor if 'positional' in name else tensor.half()
+                       for name, tensor in model.state_dict().items()},
                       folder / 'open_clip_model.safetensors', metadata={'format': 'pt', 'steps': str(step)})
 
 
@@ -228,11 +238,12 @@ INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'cutout'), ('tra
                ('train_vit_l_336', 'none'), ('train_vit_l_336', 'cutout')]
 
 
-def settings(image_size):
-    """The values of Config that the demo changes: the miniature tower at `image_size` and rates that suit its size."""
-    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': image_size,
-            'bands': ((2, 1e-4), (4, 2e-4), (6, 4e-4)), 'head_lr': 4e-3, 'batch_size': 32, 'warmup_steps': 20,
-            'epochs': 1}
+def settings(stand_in):
+    """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and margins
+    that suit its size and its few steps."""
+    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': ((6, 1e-4),), 'head_lr': 3e-3,
+            'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20,
+            'pca_images': 2000, **stand_in}
 
 
 def zero_shot():
@@ -251,7 +262,7 @@ def sources():
 
 
 def run_notebook(name, output, parameters):
-    """Executes a notebook; its copy with outputs lands in `output`. An error ends the demo with the failing cell's words."""
+    """Executes a notebook; its copy with outputs lands in `output`. An error ends the demo in one sentence."""
     import papermill
     started = time.time()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -262,13 +273,17 @@ def run_notebook(name, output, parameters):
     print(f'{name} {parameters}: {time.time() - started:.0f} s -> {output}')
 
 
+def run_name(notebook, augmentation):
+    return f'{notebook.removeprefix("train_")}_{augmentation}'
+
+
 def run():
     """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table."""
     started = time.time()
     make_world(RUNS / 'world')
     for name, augmentation in INGREDIENTS:
-        run = f'{name.removeprefix("train_")}_{augmentation}'
-        run_notebook(name, RUNS / run / f'{name}.ipynb', {'DEMO': True, 'AUGMENTATION': augmentation})
+        output = RUNS / run_name(name, augmentation) / f'{name}.ipynb'
+        run_notebook(name, output, {'DEMO': True, 'AUGMENTATION': augmentation})
     run_notebook('zero_shot_pca', RUNS / 'zero_shot' / 'zero_shot_pca.ipynb', {'DEMO': True})
     run_notebook('soup', RUNS / 'soup.ipynb', {'DEMO': True})
     results = collect()
@@ -279,8 +294,8 @@ def run():
 
 def collect():
     """runs/demo/results.csv from the scores that the notebooks wrote: stage, model, dim, mp5, seconds."""
-    ingredients = [RUNS / f'{name.removeprefix("train_")}_{augmentation}' / 'scores.csv' for name, augmentation in INGREDIENTS]
-    files = [RUNS / 'zero_shot' / 'scores.csv', *ingredients, RUNS / 'soup_scores.csv']
+    files = [RUNS / 'zero_shot' / 'scores.csv', *(RUNS / run_name(*one) / 'scores.csv' for one in INGREDIENTS),
+             RUNS / 'soup_scores.csv']
     results = pd.concat([pd.read_csv(file) for file in files if file.exists()])
     results = results.drop_duplicates(['stage', 'model', 'dim'])
     order = ['untrained', 'zero-shot', 'ingredient', 'soup', 'ensemble']
@@ -289,10 +304,55 @@ def collect():
     return results
 
 
+def source_digest(path):
+    """12 hex digits of a module's text, or of a notebook's cells without their outputs."""
+    text = Path(path).read_text()
+    if str(path).endswith('.ipynb'):
+        text = json.dumps([cell['source'] for cell in json.loads(text)['cells']])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def publish():
+    """Copies the executed notebooks over the sources, without injected parameters, progress bars at their last line."""
+    executed = {'train_vit_h_224': RUNS / 'vit_h_224_none', 'train_vit_l_336': RUNS / 'vit_l_336_none', 'soup': RUNS,
+                'zero_shot_pca': RUNS / 'zero_shot'}
+    for name, folder in executed.items():
+        notebook = json.loads((folder / f'{name}.ipynb').read_text())
+        cells = [cell for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])]
+        for cell in cells:
+            cell['metadata'] = {'tags': tags} if (tags := cell['metadata'].get('tags')) else {}
+            if cell['cell_type'] == 'code':
+                cell['outputs'] = tidy(cell['outputs'])
+        source = json.loads(Path(f'{name}.ipynb').read_text())
+        if [cell['source'] for cell in cells] != [cell['source'] for cell in source['cells']]:
+            raise SystemExit(f'{name}.ipynb was changed after it was executed: run `make notebooks`.')
+        metadata = {key: source['metadata'][key] for key in ('kernelspec', 'language_info')}
+        metadata['outputs_of'] = {'notebook': source_digest(f'{name}.ipynb'),
+                                  'utilities.py': source_digest('utilities.py')}
+        notebook = source | {'cells': cells, 'metadata': metadata}
+        Path(f'{name}.ipynb').write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
+        print(f'{name}.ipynb: {Path(f"{name}.ipynb").stat().st_size / 1e3:.0f} kB')
+
+
+def tidy(outputs):
+    """Stream outputs of one cell joined, each line as a terminal would leave it."""
+    kept = []
+    for output in outputs:
+        if output['output_type'] == 'stream' and kept and kept[-1].get('name') == output['name']:
+            kept[-1]['text'] = ''.join(kept[-1]['text']) + ''.join(output['text'])
+        else:
+            kept.append(output)
+    for output in kept:
+        if output['output_type'] == 'stream':
+            lines = [line.split('\r')[-1].rstrip() for line in ''.join(output['text']).split('\n')]
+            output['text'] = '\n'.join(lines).strip('\n') + '\n'
+    return [output for output in kept if output['output_type'] != 'stream' or output['text'].strip()]
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=['run', 'world', 'pretrain', 'objects'])
+    parser.add_argument('task', choices=['run', 'publish', 'world', 'pretrain', 'objects'])
     parser.add_argument('--steps', type=int, default=1000, help='pretrain: optimiser steps')
     arguments = parser.parse_args()
-    {'run': run, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
+    {'run': run, 'publish': publish, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
      'pretrain': lambda: pretrain(arguments.steps)}[arguments.task]()

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +29,6 @@ from glob import escape as glob_escape
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import open_clip
@@ -40,16 +41,17 @@ from matplotlib import pyplot as plt
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import PILToTensor, v2
 from tqdm import tqdm
 
-
-# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: what a notebook's configuration cell says · out: one frozen Config, written beside every result
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Config:
     checkpoint_activations: bool = True       # a third more time for a fraction of the memory, GPU only
     seed: int = 5                             # data order, augmentation, dropout
     head_seed: int = 5                        # initial head apart: only ingredients that share it can be averaged
+    pca_images: int = 20_000                  # training photographs that the projection to 64 is fitted on
     workers: int | None = None                # data-loading processes; None: chosen by cores and device
     validate_every: int | None = None         # optimiser steps between selection scores; the best state is kept
     save_minutes: float = 20                  # between resumable states
@@ -91,7 +94,7 @@ class Config:
               'margin_width': (0, math.pi), 'head_lr': (0, 1e3), 'head_decay': (0, 1e3), 'tower_decay': (0, 1e3),
               'batch_size': (1, 10**6), 'effective_batch': (1, 10**7), 'epochs': (0, 10**5),
               'warmup_steps': (0, 10**9), 'clip_norm': (1e-9, 1e9), 'validate_every': (1, 10**9), 'workers': (0, 512),
-              'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9)}
+              'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9)}
 
     def __post_init__(self):
         object.__setattr__(self, 'bands', tuple((int(end), float(lr)) for end, lr in self.bands))
@@ -142,7 +145,7 @@ def progress_bar(iterable=None, desc=None, **options):
     return tqdm(iterable, desc, file=sys.stdout, mininterval=.5, **options)
 
 
-# ── Samples ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Samples ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: the name of a known data set, a folder of class folders, or a CSV
 # out: a DataFrame path, label, domain, and the selection of classes that a run trains on
 
@@ -392,7 +395,7 @@ def digest(frame):
 
 
 def load_data(train, query=None, index=None, selection=None, *, config, held_out=0.1):
-    """The frames of a run: dict train, query, index, selection_query, selection_index.
+    """The frames of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
 
     train: what read_dataset takes, or a list of such. query, index: never-seen objects to report on; selection: a pair
     (query, index) to make choices on. What is not given is made of classes held out of the training data (`held_out` of
@@ -413,6 +416,7 @@ def load_data(train, query=None, index=None, selection=None, *, config, held_out
         else:
             frames |= dict(zip(names, map(read_dataset, pair), strict=True))
     frames['train'] = select_classes(frame, config.min_images, config.max_images, config.n_classes, config.seed)
+    frames['pca'] = frames['train'].sample(min(len(frames['train']), config.pca_images), random_state=config.seed)
     for name in ('query', 'selection_query'):
         seen = set(frames[name]['label']) & set(frames['train']['label'])
         if seen:
@@ -436,7 +440,7 @@ def describe(frames):
                          for name, frame in frames.items()]).set_index('part')
 
 
-# ── Pixels and batches ────────────────────────────────────────────────────────────────────────────────
+# ── Pixels and batches ───────────────────────────────────────────────────────────────────────────────────────────────
 # in: a DataFrame path, label
 # out: batches of uint8 images (b, 3, size, size), the same for a seed whatever the workers
 
@@ -642,7 +646,7 @@ def _one_thread(_):
     torch.set_num_threads(1)
 
 
-# ── Tower and head ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tower and head ───────────────────────────────────────────────────────────────────────────────────────────────────
 # in: a model's name and its weights · out: an Embedder, uint8 photographs -> unit vectors
 
 @dataclass(frozen=True)
@@ -745,8 +749,8 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     size = image_size or facts['input_size'][-1]
     if file:
         classifier = tower.pretrained_cfg.get('classifier') or '-'
-        state = {key: open_checkpoint(file)[key] for key in open_checkpoint(file).keys()
-                 if not key.startswith(f'{classifier}.')}
+        state = {name: tensor for name, tensor in open_checkpoint(file).items()
+                 if not name.startswith(f'{classifier}.')}
         load_strictly(tower, state, file)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
@@ -939,7 +943,7 @@ def group_table(groups):
                           'from': g['names'][0], 'to': g['names'][-1]} for g in groups]).set_index('group')
 
 
-# ── Losses ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Losses ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: cosines, labels, class counts · out: one number to minimise
 
 def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
@@ -972,7 +976,7 @@ def arcface_loss(cosine, labels, margins, scale=30.0):
     return F.cross_entropy(scale * cosine.scatter(1, labels[:, None], shifted[:, None]), labels)
 
 
-# ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: an Embedder with a head, a selection of photographs, a Config · out: a run's folder: weights, log, state
 
 class Stopped(Exception):
@@ -1081,7 +1085,7 @@ def fit(config, model, train, run_dir, validate=None):
                     keep_if_best(accelerator, model, validate, run_dir, progress, config)
                 late = config.max_hours is not None and time.time() - started > config.max_hours * 3600
                 if late or time.time() - saved > config.save_minutes * 60:
-                    save_state(accelerator, run_dir / 'state', progress)
+                    keep_state(accelerator, run_dir / 'state', progress)
                     saved = time.time()
                 if late:
                     raise Stopped(f'{run_dir.name}: {config.max_hours} hours are over after {progress.step} of {steps} '
@@ -1160,7 +1164,7 @@ def run_lock(run_dir):
         yield
 
 
-def save_state(accelerator, folder, progress, keep=2):
+def keep_state(accelerator, folder, progress, keep=2):
     """Everything needed to go on, as folder/step-<n>: complete before older ones go. By accelerate."""
     target = folder / f'step-{progress.step:08d}'
     beside = folder / 'unfinished'
@@ -1189,7 +1193,7 @@ def restore_state(accelerator, folder, config):
             accelerator.load_state(state)
             accelerator.print(f'{folder.parent.name}: going on from {state.name}')
             return True
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
             accelerator.print(f'{state} cannot be read ({str(error).splitlines()[0]}); trying the one before.')
     return False
 
@@ -1222,7 +1226,7 @@ def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
         keep_if_best(accelerator, model, validate, run_dir, progress, config)
     elif accelerator.is_main_process:
         save_run(run_dir, model, config, step=progress.step)
-    save_state(accelerator, run_dir / 'state', progress)
+    keep_state(accelerator, run_dir / 'state', progress)
     if accelerator.is_main_process and unreadable:
         write_text(run_dir / 'unreadable.txt', '\n'.join(unreadable) + '\n')
         print(f'{len(unreadable)} photographs could not be read and were replaced by others of their class: '
@@ -1260,45 +1264,330 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
     return vectors
 
 
-class _Ck:
-    def __init__(self, path):
-        from safetensors import safe_open
-        self.f = safe_open(str(path), 'pt'); self.metadata = self.f.metadata() or {}
-    def keys(self): return list(self.f.keys())
-    def __getitem__(self, k): return self.f.get_tensor(k)
-def open_checkpoint(path): return _Ck(path)
-def save_tensors(state, path, metadata, overwrite=False):
-    from safetensors.torch import save_file
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, str(path), metadata)
-def file_digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-def state_digest(t): 
-    h = hashlib.sha256()
-    for k in sorted(t): h.update(k.encode()); h.update(t[k].detach().cpu().numpy().tobytes())
-    return h.hexdigest()[:12]
-def _st(p):
-    if isinstance(p, dict): return p
-    p = Path(p)/'model.safetensors' if Path(p).is_dir() else p
-    c = open_checkpoint(p); return {k: c[k] for k in c.keys()}
+# ── Checkpoints and soups ────────────────────────────────────────────────────────────────────────────────────────────
+# in:  checkpoint files: safetensors or a pickled state dict, with our names or the original authors'
+# out: one state {name: tensor} made of them (average, greedy soup, WiSE-FT), and how well they mix
+
+SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
+CHUNK = 1 << 15  # values summed at a time: they stay in the cache, and torch starts no threads of its own
+
+
+def checkpoint_file(path):
+    """The checkpoint of a run's folder; any other path as it is."""
+    return Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
+
+
+class Checkpoint(dict):
+    """{name: memory-mapped tensor}, read when used; `metadata` is {str: str}, `path` the file's."""
+
+    def __init__(self, tensors, metadata, path):
+        super().__init__(tensors)
+        self.metadata, self.path = metadata, path
+
+
+def open_checkpoint(path):
+    """Open a file of weights, its tensors mapped and not yet read -> Checkpoint, with our names.
+
+    The content decides, whatever the file's name: safetensors, or torch.save of a state dict, also one nested
+    under 'state_dict' or 'model' or prefixed with 'module.'. Left out: what is not a tensor, and the text
+    tower of the original authors' files. Nothing in a file is executed. FileNotFoundError; ValueError for a
+    file that is truncated, of another kind, or holds Python objects.
+    """
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {path}: check the path, or make this file first.')
+    tensors, metadata = _read_file(path)
+    for nest in ('state_dict', 'model'):
+        if isinstance(tensors, dict) and isinstance(tensors.get(nest), dict):
+            tensors = tensors[nest]
+    named = tensors.items() if isinstance(tensors, dict) else ()
+    ours = {_our_name(name): value.detach() for name, value in named if isinstance(value, torch.Tensor)}
+    ours.pop(None, None)  # the text tower
+    if not ours:
+        raise ValueError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
+    return Checkpoint(ours, metadata, path)
+
+
+def _read_file(path):
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    try:
+        if start[8:] == b'{':  # safetensors: 8 bytes of length, then JSON
+            with safe_open(path, framework='pt') as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        mapped = zipfile.is_zipfile(path) and path.suffix != '.safetensors'  # torch.load would trust the name
+        with open(path, 'rb') as file:
+            source = path if mapped else file
+            return torch.load(source, map_location='cpu', mmap=mapped, weights_only=True), {}
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        if isinstance(error, pickle.UnpicklingError) and 'GLOBAL' in str(error):
+            raise ValueError(f'{path} holds Python objects, which could run code when loaded: '
+                             'ask for its state dict alone, or for safetensors.') from error
+        raise ValueError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
+                         'copy or download it again.') from error
+
+
+def _our_name(name):
+    """Our name for the original authors'; None for their text tower."""
+    name = str(name).removeprefix('module.')
+    if name.startswith('vit_backbone.'):
+        _, image_tower, rest = name.partition('vit_backbone.visual.')
+        return f'tower.{rest}' if image_tower else None
+    return {'head.emb.weight': 'head.embedding.weight', 'head.arc.weight': 'head.centers'}.get(name, name)
+
+
+def save_state(tensors, path, metadata=None, *, overwrite=False):
+    """Write {name: tensor} with metadata {str: str} as safetensors, beside its place and then renamed.
+
+    FileExistsError unless `overwrite`; OSError if it cannot be written, and what was there stays as it was.
+    """
+    path, metadata = Path(path), {'format': 'pt', **(metadata or {})}
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise ValueError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
+    if path.exists() and not overwrite:
+        raise FileExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
+    part = path.with_name(path.name + '.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # safetensors leaves a file that nobody but its owner can read
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, part, metadata)
+        part.chmod(mode)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{path} could not be written ({error}): free some space or choose another folder; '
+                      'what was there is unchanged.') from error
+
+
+def file_digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def state_digest(tensors):
+    """16 hexadecimal digits that stand for {name: tensor}: names, dtypes, shapes and bytes, in any order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)};'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def average_states(paths, weights=None):
-    s = [_st(p) for p in paths]; return {k: sum(x[k].double() for x in s).div(len(s)).float() for k in s[0]}
-def interpolate_states(a, b, alpha):
-    a, b = _st(a), _st(b); return {k: b[k] if k not in a else torch.lerp(a[k], b[k], alpha) for k in b}
-def greedy_soup(paths, score):
-    alone = {p: score(_st(p)) for p in paths}; order = sorted(paths, key=lambda p: -alone[p]); kept=[]; rows=[]; best=-1
-    for p in order:
-        v = score(average_states(kept+[p])); ok = v >= best
-        if ok: kept.append(p); best = v
-        rows.append({'path': p, 'alone': alone[p], 'with_it': v, 'kept': ok}); print(p, v, ok)
-    return average_states(kept), pd.DataFrame(rows)
-def soup_metadata(paths, method, **extra):
-    m = open_checkpoint(paths[0]).metadata
-    return {'format': 'pt', 'spec': m['spec'], 'config': m['config'], 'method': method, **{k: json.dumps(v) for k, v in extra.items()}}
+    """Average of checkpoint files -> {name: tensor}; uniform, or by non-negative `weights` of any sum.
+
+    Memory holds the result alone, however many the files: they are mapped and streamed. Summed in float64 and
+    rounded once to the first file's dtype (float16 and bfloat16 to float32). Integer buffers must be equal;
+    of BatchNorm, statistics are averaged and the largest step counter is taken. ValueError names the first
+    differences of each kind: tensors, shapes, integer buffers, SPEC_FIELDS where metadata tells them.
+    Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482
+    """
+    ingredients = _open_ingredients(paths)
+    weights = np.ones(len(ingredients)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape != (len(ingredients),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(f'{len(ingredients)} checkpoints need as many weights, none negative and not all 0, '
+                         f'unlike {weights.tolist()}.')
+    return _average(ingredients, weights)
+
+
+def _open_ingredients(paths):
+    """Checkpoints that can be averaged, or the error that says why not."""
+    ingredients = [open_checkpoint(path) for path in paths]
+    if not ingredients:
+        raise ValueError('A soup needs ingredients: give the path of at least one checkpoint.')
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        if differences := _differences(first, other):
+            raise ValueError(f'{other.path} cannot be averaged with {first.path}: {differences}. Ingredients '
+                             'share one architecture, classes and preprocessing: leave it out.')
+    if len({ingredient.path.resolve() for ingredient in ingredients}) < len(ingredients):
+        print('One checkpoint is given more than once and counts as often.')
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in first.values()):
+        print(f'{first.path} is in half precision: the average comes out in float32.')
+    return ingredients
+
+
+def _differences(first, other):
+    """What forbids averaging, with the first three of each kind by name; '' if nothing does."""
+    shared = [name for name in first if name in other]
+    shapes = {name: (tuple(first[name].shape), tuple(other[name].shape)) for name in shared}
+    specs = [json.loads(state.metadata.get('spec', '{}')) for state in (first, other)]
+    settings = {field: [spec.get(field) for spec in specs] for field in SPEC_FIELDS if all(specs)}
+    found = {
+        'tensors missing': [name for name in first if name not in other],
+        'tensors too many': [name for name in other if name not in first],
+        'shapes': [f'{name} {b} against {a}' for name, (a, b) in shapes.items() if a != b],
+        'number types or integer buffers': [name for name, (a, b) in shapes.items()
+                                            if a == b and not _same_numbers(name, first[name], other[name])],
+        'settings': [f'{field} {b} against {a}' for field, (a, b) in settings.items() if a != b],
+    }
+    return '; '.join(f'{kind}: {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if names[3:] else '')
+                     for kind, names in found.items() if names)
+
+
+def _same_numbers(name, one, other):
+    if one.is_floating_point() or other.is_floating_point():
+        return one.is_floating_point() and other.is_floating_point()
+    return name.endswith('num_batches_tracked') or torch.equal(one, other)
+
+
+def _average(states, weights):
+    """Weighted average of states that agree -> {name: tensor}; a state of weight 0 is not read."""
+    terms = [(state, weight) for state, weight in zip(states, weights, strict=True) if weight]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(states[0], pool.map(lambda name: _mean(name, terms), states[0]), strict=True))
+
+
+def _mean(name, terms):
+    """Weighted mean of one tensor, terms [(state, weight)], rounded once; of integers the largest."""
+    tensors, weights = [state[name] for state, _ in terms], [weight for _, weight in terms]
+    if not tensors[0].is_floating_point():
+        return torch.stack(tensors).amax(0)
+    mean = torch.empty(tensors[0].shape, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    flat, total = mean.view(-1).numpy(), np.empty(CHUNK)
+    for window, values in _windows(tensors):
+        part = total[:len(values[0])]
+        part.fill(-0.)  # adding to -0., unlike 0., keeps the sign of a zero
+        for value, weight in zip(values, weights, strict=True):
+            np.add(part, value if weight == 1 else np.multiply(value, weight, dtype=np.float64), out=part)
+        if not np.isfinite(part.sum()):
+            sick = [str(state.path) for state, _ in terms if not torch.isfinite(state[name]).all()]
+            raise ValueError(f'{name} is not finite in {", ".join(sick)}: training diverged, leave it out.')
+        np.divide(part, sum(weights), out=flat[window], casting='same_kind')
+    return mean
+
+
+def _windows(tensors):
+    """CHUNK values at a time -> their place, and an array (float32 or wider) for each tensor."""
+    flats = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, flats[0].numel(), CHUNK):
+        window = slice(start, start + CHUNK)
+        yield window, [_as_array(flat[window]) for flat in flats]
+
+
+def _as_array(tensor):
+    return tensor.to('cpu', torch.promote_types(tensor.dtype, torch.float32)).numpy()
+
+
+def interpolate_states(zero_shot, fine_tuned, alpha):
+    """WiSE-FT: (1 - alpha)·zero_shot + alpha·fine_tuned -> {name: tensor}; alpha 0 and 1 give them exactly.
+
+    Each is a file or {name: tensor}. What fine_tuned alone has (the head) is taken from it. ValueError for
+    alpha outside 0..1, and where fine_tuned lacks or contradicts what zero_shot has.
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f'alpha goes from 0 (zero-shot) to 1 (fine-tuned): {alpha} is outside.')
+    zero_shot, fine_tuned = _as_state(zero_shot), _as_state(fine_tuned)
+    tower = _part_like(zero_shot, fine_tuned)
+    head = {name: tensor for name, tensor in fine_tuned.items() if name not in tower}
+    mixed = _average([zero_shot, tower], [1 - alpha, alpha]) | _average([head], [1])
+    return {name: mixed[name] for name in fine_tuned}
+
+
+def _as_state(state):
+    if not isinstance(state, dict):
+        return open_checkpoint(state)
+    return state if isinstance(state, Checkpoint) else Checkpoint(state, {}, 'the given state')
+
+
+def _part_like(base, state):
+    """Those tensors of a fine-tuned state that its base has too; all of the base must be there."""
+    part = Checkpoint({name: state[name] for name in base if name in state}, state.metadata, state.path)
+    if differences := _differences(base, part):
+        raise ValueError(f'{state.path} was not fine-tuned from {base.path}: {differences}. '
+                         "Give the pretrained tower of this run, with 'tower.' before its names.")
+    return part
+
+
+def greedy_soup(paths, score, *, tolerance=0.):
+    """Greedy soup -> ({name: tensor}, DataFrame path, alone, with_it, kept), the best ingredient first.
+
+    `score({name: tensor})` -> float, the higher the better, on data for SELECTION: report on other data. From
+    the best ingredient down, each is kept if the average with it scores no less (within `tolerance`) than the
+    soup without it. Memory holds one average at a time. ValueError for a score of NaN.
+    Wortsman et al. 2022, "Model soups", Recipe 1, https://arxiv.org/abs/2203.05482
+    """
+    ingredients = _open_ingredients(paths)
+    alone = [_score(score, [ingredient], [1]) for ingredient in ingredients]
+    kept, best, rows = [], -np.inf, []
+    for i in sorted(range(len(alone)), key=lambda i: -alone[i]):
+        soup, path = [*kept, ingredients[i]], ingredients[i].path
+        with_it = _score(score, soup, [1] * len(soup)) if kept else alone[i]
+        accepted = with_it >= best - tolerance
+        print(f'{"kept" if accepted else "left out"}: {_run_name(path)}, alone {alone[i]:.4f}, '
+              f'soup with it {with_it:.4f}' + (f', without it {best:.4f}' if kept else ''))
+        rows.append((str(path), alone[i], with_it, accepted))
+        kept, best = (soup, with_it) if accepted else (kept, best)
+    return _average(kept, [1] * len(kept)), pd.DataFrame(rows, columns=['path', 'alone', 'with_it', 'kept'])
+
+
+def _score(score, states, weights):
+    value = float(score(_average(states, weights)))
+    if np.isnan(value):
+        raise ValueError(f'The score of {" + ".join(str(state.path) for state in states)} is NaN: '
+                         'evaluate each by itself to see whether it or the data is broken.')
+    return value
+
+
+def _run_name(path):
+    """'none' for `runs/none/model.safetensors`; any other file goes by its own name."""
+    return Path(path).resolve().parent.name if Path(path).name == 'model.safetensors' else Path(path).name
+
+
+def path_scores(first, second, score, points=5):
+    """Score along the line from one file (alpha 0) to another (alpha 1) -> DataFrame alpha, score.
+
+    A dip between the ends is a barrier: the two do not share a basin and average badly; the usual cause is a
+    different initial head. Errors as in average_states and greedy_soup.
+    """
+    if points < 2:
+        raise ValueError(f'A line has two ends: ask for 2 points or more, not {points}.')
+    states, alphas = _open_ingredients([first, second]), np.linspace(0, 1, points)
+    scores = [_score(score, states, [1 - alpha, alpha]) for alpha in alphas]
+    return pd.DataFrame({'alpha': alphas, 'score': scores})
+
+
 def weight_cosines(paths, base):
-    b = _st(base); v = [torch.cat([(s[k]-b[k]).flatten() for k in b]) for s in map(_st, paths)]
-    return pd.DataFrame([[float(F.cosine_similarity(x, y, dim=0)) for y in v] for x in v], index=[Path(p).name for p in paths], columns=[Path(p).name for p in paths])
-def path_scores(a, b, score, points=5):
-    return pd.DataFrame([{'alpha': t, 'score': score(interpolate_states(a, b, t))} for t in np.linspace(0, 1, points)])
+    """Cosine between the changes (ingredient - base) of each two ingredients -> square DataFrame by run.
+
+    `base` is the pretrained tower, a file or {name: tensor} with names 'tower.…'; the head, which it lacks,
+    does not count. NaN for an ingredient that equals it. ValueError where base and ingredients do not fit.
+    """
+    ingredients, base = _open_ingredients(paths), _as_state(base)
+    towers = [_part_like(base, ingredient) for ingredient in ingredients]
+    products = np.zeros((len(towers), len(towers)))
+    for name in (name for name in base if base[name].is_floating_point()):
+        for _, (origin, *values) in _windows([base[name]] + [tower[name] for tower in towers]):
+            changes = np.array(values, dtype=np.float64) - origin
+            products += changes @ changes.T
+    lengths, runs = np.sqrt(products.diagonal()), [_run_name(tower.path) for tower in towers]
+    with np.errstate(invalid='ignore'):
+        return pd.DataFrame(products / np.outer(lengths, lengths), index=runs, columns=runs)
+
+
+def soup_metadata(paths, method, *, scores=None, **extra):
+    """Metadata for save_state -> {str: str}: method, ingredients (run, SHA-256, score), their spec.
+
+    `scores` in the order of the paths, or else what the files' own metadata holds. `extra` (alpha, weights,
+    config, …) is stored as JSON unless it is text.
+    """
+    checkpoints = [open_checkpoint(path) for path in paths]
+    if scores is None:
+        scores = [json.loads(checkpoint.metadata.get('scores', 'null')) for checkpoint in checkpoints]
+    ingredients = [{'run': _run_name(checkpoint.path), 'sha256': file_digest(checkpoint.path), 'score': score}
+                   for checkpoint, score in zip(checkpoints, scores, strict=True)]
+    fields = {'method': method, 'ingredients': ingredients, **extra}
+    if specs := [checkpoint.metadata['spec'] for checkpoint in checkpoints if 'spec' in checkpoint.metadata]:
+        fields['spec'] = specs[0]  # the original authors' files have none
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
 
 
 def save_run(run_dir, model, config, **facts):
@@ -1306,7 +1595,7 @@ def save_run(run_dir, model, config, **facts):
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {'format': 'pt', 'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
                 **{name: json.dumps(value) for name, value in facts.items()}}
-    save_tensors(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
+    save_state(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
 
 
 def load_run(path, tower=None):
@@ -1315,11 +1604,9 @@ def load_run(path, tower=None):
     tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own
     making); only its architecture and spec are used, on a copy.
     """
-    file = Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
-    checkpoint = open_checkpoint(file)
-    state = {name: checkpoint[name] for name in checkpoint.keys()}
+    state = checkpoint = open_checkpoint(path)
     if tower is None and 'spec' not in checkpoint.metadata:
-        raise ValueError(f'{file} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+        raise ValueError(f'{path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     tower = copy.deepcopy(tower) if tower is not None else build_tower(spec_of(checkpoint.metadata))
     head = projection = None
     if 'head.embedding.weight' in state:
@@ -1330,7 +1617,7 @@ def load_run(path, tower=None):
     if 'projection.weight' in state:
         projection = nn.Linear(*reversed(state['projection.weight'].shape))
     model = Embedder(tower, head, projection)
-    load_strictly(model, state, file)
+    load_strictly(model, state, path)
     return model.eval()
 
 
@@ -1380,16 +1667,18 @@ def scorer(run, frames):
 
 def base_state(run):
     """The pretrained tower that a run started from, as tensors named 'tower.…'."""
-    spec = spec_of(open_checkpoint(Path(run) / 'model.safetensors').metadata)
+    spec = spec_of(open_checkpoint(run).metadata)
     tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
     return {f'tower.{name}': tensor for name, tensor in tower.state_dict().items()}
 
 
 def save_soup(state, run_dir, ingredients, method, **facts):
     """Writes averaged weights as a run of its own: model.safetensors with its ingredients' digests, and config.json."""
-    files = [Path(run) / 'model.safetensors' for run in ingredients]
-    save_tensors(state, Path(run_dir) / 'model.safetensors', soup_metadata(files, method, **facts), overwrite=True)
-    Config.load(files[0].with_name('config.json')).save(Path(run_dir) / 'config.json')
+    files = [checkpoint_file(run) for run in ingredients]
+    config = Config.load(files[0].with_name('config.json'))
+    metadata = soup_metadata(files, method, config=asdict(config), **facts)
+    save_state(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
+    config.save(Path(run_dir) / 'config.json')
 
 
 def sweep_alpha(base, soup, alphas, score, frames):
@@ -1397,35 +1686,45 @@ def sweep_alpha(base, soup, alphas, score, frames):
 
     seen: photographs of trained classes, each searched among the others.
     """
-    file, rows = Path(soup) / 'model.safetensors', []
+    rows = []
     seen = frames['train'].groupby('label').head(5).head(1000)
     model = load_run(soup)
     for alpha in alphas:
-        load_strictly(model, interpolate_states(base, file, alpha), file)
-        vectors = embed_all(model, frames | {'seen': seen}, None, ('seen', 'query', 'index'))
+        load_strictly(model, interpolate_states(base, checkpoint_file(soup), alpha), soup)
+        vectors = embed_all(model, frames | {'seen': seen}, names=('seen', 'query', 'index'))
         rows.append({'alpha': alpha, 'selection': selection_score(model, frames), 'seen': mean_precision_at_5(
             vectors['seen'], seen['label'], vectors['seen'], seen['label'], exclude_self=True),
             'never seen': score_table('', '', vectors, frames, dims=(None,))['mp5'].iloc[0]})
     return pd.DataFrame(rows)
 
 
-# ── Projection to 64 dimensions ──────────────────────────────────────────────────────────────────
-# in: embeddings of one or several models, float32 (n, d)
+def save_reference(submission, frame, path, *, count=16, side=96):
+    """A few inputs and the eager model's outputs beside a submission: .npz images uint8 (n, 3, side, side), vectors."""
+    images = np.stack([np.asarray(read_photo(photo, side)).transpose(2, 0, 1) for photo in frame['path'].head(count)])
+    with torch.inference_mode():
+        vectors = np.concatenate([submission.cpu().eval()(torch.from_numpy(image)[None]) for image in images])
+    beside = Path(path).with_suffix('.part.npz')
+    np.savez(beside, images=images, vectors=vectors)
+    os.replace(beside, path)
+
+
+# ── Projection to 64 dimensions ──────────────────────────────────────────────────────────────────────────────────────
+# in: embeddings of one or several models, (n, d)
 # out: a Projection (n, d) -> (n, dim <= 64) that folds into one linear layer
 
-MAX_DIM = 64  # the competition takes vectors of at most 64 dimensions
+MAX_DIM = 64  # the competition's limit
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The map x -> components · (x - mean). After `fit_pca` the first j columns are the PCA to j dimensions."""
+    """The map x -> components · (x - mean). The first j columns of a PCA's output are the PCA to j."""
 
     mean: np.ndarray                      # float64 (d,)
-    components: np.ndarray                # float64 (dim, d), one direction a row, whitening multiplied in
-    explained_variance_ratio: np.ndarray  # float64 (dim,), shares of the whole variance; NaN if random
+    components: np.ndarray                # float64 (dim, d), one direction a row, times its whitening factor
+    explained_variance_ratio: np.ndarray  # float64 (dim,), shares of the variance in all d; NaN if random
 
     def __call__(self, embeddings):
-        """float (n, d) -> float32 (n, dim), in float32 as `linear` computes it."""
+        """(n, d) -> float32 (n, dim), the arithmetic of `linear`."""
         embeddings = np.asarray(embeddings, dtype=np.float32)
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.mean):
             raise ValueError(f'this projection takes (n, {len(self.mean)}) vectors, not {embeddings.shape}: '
@@ -1442,7 +1741,7 @@ class Projection:
 
 
 def l2_normalise(x):
-    """Scale the last axis to length 1; rows of zeros stay zero. Arrays become float32, tensors keep their dtype."""
+    """Bring the last axis to length 1; zeros stay zero. Arrays become float32, tensors keep their dtype."""
     if isinstance(x, torch.Tensor):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x / torch.where(length > 0, length, 1)
@@ -1452,86 +1751,80 @@ def l2_normalise(x):
 
 
 def concatenate(embeddings_list):
-    """Several models' embeddings (n, d_i) of the same images, each L2-normalised first -> float32 (n, Σ d_i)."""
+    """Models' embeddings (n, d_i) of the same images, L2-normalised and then side by side: (n, Σ d_i)."""
     counts = [len(embeddings) for embeddings in embeddings_list]
     if len(set(counts)) != 1:
-        raise ValueError(f'the models\' embeddings have {counts} rows: embed the same images with each model')
+        raise ValueError(f'the models embedded {counts} images: give embeddings of the same images')
     return np.concatenate([l2_normalise(embeddings) for embeddings in embeddings_list], axis=1)
 
 
 def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
-    """Principal component analysis of float (n, d) embeddings, or of a memory map of them -> Projection.
+    """Principal components of (n, d) embeddings, an array or a memory map -> Projection.
 
-    whiten: direction j is multiplied by variance_j ** (-whiten / 2): 0 plain, 1 unit variance everywhere.
-    weights: (n,) importance of each row, of which only the ratios matter (to even out kinds of object).
-    The largest absolute entry of each direction is positive. Extra memory: two d² of float64 and one chunk.
-    ValueError: dim out of range, a NaN or infinite row, unfit weights, too few directions with variance.
+    whiten: direction j is multiplied by variance_j ** (-whiten / 2): 0 is plain, 1 makes each variance 1.
+    weights: (n,) importance of the rows, e.g. to even out kinds of object; only their ratios matter.
+    Signs: each direction's largest absolute entry is positive. Memory: a few d² float64 and 8,192 rows.
+    ValueError: dim out of range, unfit weights, a NaN or infinite row, embeddings that hardly vary.
     """
     from scipy.linalg import eigh
 
     embeddings = np.asarray(embeddings)
-    n, d = embeddings.shape if embeddings.ndim == 2 else (0, 0)
+    if embeddings.ndim != 2:
+        raise ValueError(f'PCA takes a table (n, d) of embeddings, not {embeddings.shape}: stack them')
+    n, d = embeddings.shape
     _check_dim(dim, d, n)
-    mean, scatter = _moments(embeddings, _mean_one(weights, n))
-    total = np.trace(scatter)
-    variance, directions = eigh(scatter, subset_by_index=[d - dim, d - 1])
-    variance, directions = variance[::-1].clip(min=0), directions.T[::-1]
-    varied = int((variance > 1e-7 * total).sum())
+    weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape != (n,) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(f'weights must be {n} finite numbers >= 0, one a row, and not all zero')
+    mean, covariance = _moments(embeddings, weights / weights.mean())
+    variance, directions = eigh(covariance, subset_by_index=[d - dim, d - 1])
+    variance, directions, total = variance[::-1].clip(min=0), directions.T[::-1], np.trace(covariance)
+    varied = int((variance > 1e-7 * total).sum())  # float32 embeddings leave about 1e-8 of noise
     if varied < (dim if whiten else 1):
-        raise ValueError(f'the embeddings vary in {varied} directions only: '
-                         + (f'ask for dim <= {varied} or whiten=0' if varied else 'look at how they were made'))
+        raise ValueError(f'the embeddings vary in {varied} directions only: ask for no more, '
+                         'or do not whiten')
     largest = np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1)
-    scale = np.sign(largest) * (variance[:, None] / (n - 1)) ** (-whiten / 2)
+    scale = np.sign(largest) * variance[:, None] ** (-whiten / 2)
     return Projection(mean, directions * scale, variance / total)
 
 
 def random_projection(d, dim=MAX_DIM, seed=0):
-    """Project onto `dim` random orthonormal directions: what a PCA must beat."""
+    """Onto `dim` random orthonormal directions: what a PCA must beat."""
     _check_dim(dim, d)
     directions, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, dim)))
     return Projection(np.zeros(d), directions.T, np.full(dim, np.nan))
 
 
-def _check_dim(dim, d, n=None):
-    if d == 0:
-        raise ValueError('a projection is fitted on a table (n, d) of embeddings with d >= 1: stack them')
-    if not 1 <= dim <= MAX_DIM:
-        raise ValueError(f'dim is {dim}: the competition takes 1 to {MAX_DIM} dimensions')
-    if dim > d:
-        raise ValueError(f'dim is {dim} but the embeddings have {d} columns: ask for dim <= {d}')
-    if n is not None and dim > n - 1:
-        raise ValueError(f'{n} embeddings span at most {n - 1} directions: ask for dim <= {n - 1} or give more')
+def _check_dim(dim, d, n=np.inf):
+    for most, reason in ((MAX_DIM, f'the competition takes at most {MAX_DIM} dimensions'),
+                         (d, f'the embeddings have {d} columns'),
+                         (n - 1, f'{n} embeddings span at most {n - 1} directions')):
+        if not 1 <= dim <= most:
+            raise ValueError(f'dim is {dim}, but {reason}: ask for 1 to {most}')
 
 
-def _mean_one(weights, n):
-    """Row weights scaled to a mean of 1."""
-    weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weights.shape != (n,) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise ValueError(f'weights must be {n} finite numbers >= 0, one a row, and not all zero')
-    return weights / weights.mean()
-
-
+@np.errstate(invalid='ignore')  # an infinite row is named below
 def _moments(embeddings, weights, chunk=8192):
-    """Weighted mean (d,) and scatter Σ w (x - mean)(x - mean)ᵀ (d, d), both float64.
+    """Mean (d,) and covariance (d, d), float64, for weights of mean 1; a rough mean keeps terms from cancelling.
 
-    A chunk's product is taken in the embeddings' own precision, around a rough mean so that nothing cancels.
+    Products are float64 where that takes a second, else of the embeddings' precision: errors average out.
     """
     n, d = embeddings.shape
+    dtype = np.float64 if n * d * d < 2e10 else np.result_type(embeddings, np.float32)
     total, scatter, shift = np.zeros(d), np.zeros((d, d)), None
     for start in range(0, n, chunk):
-        rows = np.asarray(embeddings[start:start + chunk])
-        rows = rows.astype(np.result_type(rows, np.float32), copy=False)
-        shift = rows.mean(0, dtype=np.float64).astype(rows.dtype) if shift is None else shift
-        centred, w = rows - shift, weights[start:start + chunk].astype(rows.dtype)
-        part = w @ centred
-        if not np.isfinite(part).all():
+        rows = embeddings[start:start + chunk].astype(dtype, copy=False)
+        shift = rows.mean(0, dtype=np.float64).astype(dtype) if shift is None else shift
+        centred, weight = rows - shift, weights[start:start + chunk].astype(dtype)
+        moved = weight @ centred
+        if not np.isfinite(moved).all():
             bad = start + int((~np.isfinite(rows)).any(1).argmax())
-            raise ValueError(f'embedding {bad} holds NaN or infinite values: leave it out or embed its image again')
-        total += part
-        centred *= np.sqrt(w)[:, None]
+            raise ValueError(f'embedding {bad} holds NaN or infinite values: leave it out or embed it again')
+        total += moved
+        centred *= np.sqrt(weight)[:, None]
         scatter += centred.T @ centred
     offset = total / n
-    return shift + offset, scatter - n * np.outer(offset, offset)
+    return shift + offset, (scatter - n * np.outer(offset, offset)) / (n - 1)
 
 
 TEMPLATES = ('a photo of a {}.', 'a close-up photo of a {}.', 'a cropped photo of the {}.', 'a picture of a {}.')
@@ -1560,118 +1853,102 @@ def text_vectors(encode, names, templates=TEMPLATES):
     return l2_normalise(sum(l2_normalise(encode([template.format(name) for name in names])) for template in templates))
 
 
-# ── Neighbours and mP@5 ──────────────────────────────────────────────────────────────────────────
+# ── Neighbours and mP@5 ──────────────────────────────────────────────────────────────────────────────────────────────
 # in: query and index vectors (q, d), (n, d) and their labels
 # out: the k nearest index rows of each query, and the competition's score of them
 
-GROUP = 32   # index rows that the first pass of the search judges by the best of them
-QUERIES = 8192  # queries searched together
+GROUP = 32  # index rows that the first pass of a search judges by the best of them
 
 
 @torch.no_grad()
 def nearest_neighbours(query, index, k, *, exclude=None, chunk=32_768, device=None):
-    """Exact Euclidean neighbours -> (distances float32 (q, k), indices int64 (q, k)), numpy arrays.
+    """Exact Euclidean neighbours -> numpy (distances float32 (q, k), indices int64 (q, k)).
 
-    Ordered by (distance, index), across the k-th place too. Distances are compared in float64, where equal index
-    rows are equally far. query (q, d), index (n, d): arrays, memory maps or tensors of real numbers.
-    exclude: (q,) index row that each query leaves out (its own photograph); a negative number leaves out none.
-    device: of the matrix products, by default where `query` lies. chunk: index rows read at a time.
-    Memory beside the inputs, whatever n: a float32 copy of the queries, and for small k about
-    chunk · (12 d + 2,048) bytes + 20 MB (on a GPU everything twice, and 0.5 GB).
+    Ordered by (distance, index), also across the k-th place. Distances are compared in float64, where equal
+    index rows are equally far. query (q, d), index (n, d): arrays, memory maps or tensors.
+    exclude: (q,) index row that each query must not find (its own photograph); negative: none.
+    chunk: index rows read at a time. device: of the matrix products; by default where `query` lies.
+    Memory beside the inputs, whatever n: twice the queries and, for small k, chunk · (12 d + 2,048) bytes
+    + 20 MB (a GPU: twice that and 0.5 GB).
     ValueError: shapes that do not fit, k out of range, NaN or infinite rows (the first is named).
     """
     query, index = (x if isinstance(x, torch.Tensor) else np.asarray(x) for x in (query, index))
     if query.ndim != 2 or index.ndim != 2 or query.shape[1] != index.shape[1] or 0 in query.shape:
-        raise ValueError(f'query {tuple(query.shape)} and index {tuple(index.shape)} must be (q, d) and (n, d) '
-                         'with one d, neither empty: embed both with the same model')
+        raise ValueError(f'query {tuple(query.shape)} and index {tuple(index.shape)} must be (q > 0, d) and '
+                         '(n, d): embed both with the same model')
     most = len(index) - (exclude is not None)
     if not 1 <= k <= most:
-        raise ValueError(f'k is {k}: the index has rows enough for k from 1 to {most}')
-    exclude = torch.full((len(query),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
+        raise ValueError(f'k is {k}, but each query has {most} index rows to find: ask for 1 to {most}')
+    exclude = torch.full((len(query),), -1) if exclude is None else torch.as_tensor(exclude).cpu().long()
     if exclude.shape != (len(query),):
-        raise ValueError(f'exclude has shape {tuple(exclude.shape)}: give one index row for each of {len(query)} queries')
-    device = torch.device(device or (query.device if isinstance(query, torch.Tensor) else 'cpu'))
-    blocks = [slice(start, start + QUERIES) for start in range(0, len(query), QUERIES)]
-    for block in blocks:
-        _finite_rows(query, block, 'query')
-    found = [_search(_rows(query, block), index, k, exclude[block], -(-chunk // GROUP) * GROUP, device)
-             for block in blocks]
+        raise ValueError(f'exclude has shape {tuple(exclude.shape)}: give one index row for each query')
+    query = _rows(query, slice(0, None), 'query')
+    chunk, device = -(-chunk // GROUP) * GROUP, torch.device(device or query.device)
+    found = [_search(some, index, k, excluded, chunk, device)
+             for some, excluded in zip(query.split(8192), exclude.split(8192))]
     distances, indices = (torch.cat(parts).numpy() for parts in zip(*found))
     return distances.astype(np.float32), indices
 
 
-def _rows(vectors, which):
-    """Rows of an array or tensor as a tensor, copied only where memory cannot be shared."""
-    rows = vectors[which]
-    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(np.require(rows, requirements='CW'))
-
-
-def _finite_rows(vectors, block, side):
-    rows = _rows(vectors, block)
-    bad = ~(rows.abs().amax(1) < 1e18)  # also values whose squares would overflow
-    if bad.any():
-        raise ValueError(f'{side} vector {block.start + int(bad.nonzero()[0])} holds NaN or infinite values: '
-                         'leave it out or embed its image again')
-    return rows
-
-
 def _search(query, index, k, exclude, chunk, device):
-    """Neighbours of one block of queries: a shortlist from matrix products, then true distances in float64."""
+    """A shortlist from matrix products, then true distances in float64 on the CPU, alike for all devices."""
     groups, settled = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, device)
     query, rows = query.cpu().double(), (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
     distances, indices = query.new_empty(len(query), k), rows.new_empty(len(query), k)
-    step = max(1, 2**20 // (rows.shape[1] * query.shape[1]))
-    for some in torch.where(settled)[0].split(step):
+    batch = max(1, 2**20 // (rows.shape[1] * query.shape[1]))
+    for some in settled.nonzero()[:, 0].split(batch):
         at = rows[some]
         vectors = _rows(index, at.clamp(max=len(index) - 1).flatten().numpy()).cpu().double()
-        apart = _euclidean(query[some, None], vectors.view(*at.shape, -1))[:, 0]
+        apart = _euclidean(query[some, None], vectors.view(*at.shape, query.shape[1]))[:, 0]
         apart[(at >= len(index)) | (at == exclude[some, None])] = torch.inf
         distances[some], indices[some] = _first(k, apart, at)
-    for some in torch.where(~settled)[0].split(64):
-        distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
+    for some in (~settled).nonzero()[:, 0].split(64):
+        if len(some):
+            distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
     return distances, indices
 
 
 def _shortlist(query, index, wanted, chunk, device):
-    """`wanted` + 3 groups of index rows for each query, ascending, and whether they surely hold the nearest rows.
+    """`wanted` + 3 groups of index rows for each query, ascending, and whether they surely hold the nearest.
 
-    A row's score q·x - |x|²/2 grows as its distance falls; a group has the score of its best row. Rounding moves a
-    score by at most `error`. The `wanted` best groups hold as many rows with true scores of at least the last of
-    these groups' score - error; a group that is 2 · error behind it cannot hold a nearer row.
+    A row's score q·x - |x|²/2 grows as its distance falls; a group scores as its best row. Rounding moves a
+    score by at most slack / 2. The `wanted` best groups hold that many rows whose true scores are no less
+    than the last of these groups' less slack / 2: one more than `slack` behind it holds no nearer row.
     """
-    dtype = torch.float64 if device.type == 'cuda' else torch.float32  # float64 is out of TF32's reach
-    center = query.to(device, dtype).mean(0)  # moving all vectors keeps distances and makes rounding errors smaller
-    query, width = (query.to(device) - center).to(dtype), wanted + 3
-    best, groups = query.new_full((len(query), width), -torch.inf), torch.full((len(query), width), len(index))
-    groups, largest = groups.to(device), 0.0
+    dtype = torch.float64 if device.type == 'cuda' else torch.float32  # float32 may be lowered to TF32 there
+    center = query.to(device, dtype).mean(0)  # a common shift keeps all distances and makes rounding smaller
+    query, width, largest = (query.to(device) - center).to(dtype), wanted + 3, 0.0
+    best = query.new_full((len(query), width), -torch.inf)
+    groups = torch.full_like(best, len(index), dtype=torch.int64)  # beyond the last row: none yet
     for start in range(0, len(index), chunk):
-        x = (_finite_rows(index, slice(start, start + chunk), 'index').to(device) - center).to(dtype)
+        x = (_rows(index, slice(start, start + chunk), 'index').to(device) - center).to(dtype)
         half = x.square().sum(1) / 2
         largest = max(largest, float(half.max()))
-        leaders = _group_scores(query, F.pad(x, (0, 0, 0, -len(x) % GROUP)),
-                                F.pad(half, (0, -len(x) % GROUP), value=torch.inf))
-        best, place = torch.cat([best, leaders], 1).topk(width)
+        best, place = torch.cat([best, _group_scores(query, x, half)], 1).topk(width)
         known = groups.gather(1, place.clamp(max=width - 1))
         groups = torch.where(place < width, known, place - width + start // GROUP)
-    error = (query.norm(dim=1) * (2 * largest) ** 0.5 + 2 * largest) * (query.shape[1] + 16) * torch.finfo(dtype).eps
-    settled = (best[:, wanted - 1] - best[:, -1] > error) | (best[:, -1] == -torch.inf)
+    bound = query.norm(dim=1) * (2 * largest) ** 0.5 + 2 * largest  # of the terms in a score
+    slack = bound * (query.shape[1] + 16) * torch.finfo(dtype).eps
+    settled = (best[:, wanted - 1] - best[:, -1] > slack) | (best[:, -1] == -torch.inf)
     return groups.sort(1).values.cpu(), settled.cpu()
 
 
 def _group_scores(query, x, half):
-    """max over each group of q·x - half -> (q, n / GROUP), in tiles that a cache holds."""
+    """The best q·x - half in each group of rows of x -> (q, n / GROUP), in tiles that fit a cache."""
+    missing = -len(x) % GROUP
+    x, half = F.pad(x, (0, 0, 0, missing)), F.pad(half, (0, missing), value=torch.inf)
     tile_q, tile_x = (256, 2048) if x.device.type == 'cpu' else (4096, 16_384)
-    buffer, leaders = x.new_empty(tile_q * tile_x), x.new_empty(len(query), len(x) // GROUP)
-    for q, into in zip(query.split(tile_q), leaders.split(tile_q)):
-        for rows, halves, part in zip(x.split(tile_x), half.split(tile_x), into.split(tile_x // GROUP, 1)):
+    buffer, best = x.new_empty(tile_q * tile_x), x.new_empty(len(query), len(x) // GROUP)
+    for q, best_q in zip(query.split(tile_q), best.split(tile_q)):
+        for rows, bias, out in zip(x.split(tile_x), half.split(tile_x), best_q.split(tile_x // GROUP, 1)):
             scores = buffer[:len(rows) * len(q)].view(len(rows), len(q))
-            torch.addmm(-halves[:, None], rows, q.T, out=scores)
-            part.copy_(scores.view(-1, GROUP, len(q)).amax(1).T)
-    return leaders
+            torch.addmm(-bias[:, None], rows, q.T, out=scores)
+            out.copy_(scores.view(-1, GROUP, len(q)).amax(1).T)
+    return best
 
 
 def _scan(query, index, k, exclude, chunk):
-    """Neighbours by true distances alone: slow, for queries with more near-ties than a shortlist holds."""
+    """True distances to every index row: for queries with more near-ties than a shortlist holds."""
     distances, indices = query.new_empty(len(query), 0), exclude.new_empty(len(query), 0)
     for start in range(0, len(index), chunk):
         apart = _euclidean(query, _rows(index, slice(start, start + chunk)).cpu().double())
@@ -1681,91 +1958,116 @@ def _scan(query, index, k, exclude, chunk):
     return distances, indices
 
 
-def _euclidean(a, b):
-    return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')  # equal rows, equal distances
-
-
 def _first(k, distances, indices):
-    """The k first by (distance, index); indices ascend along the rows, so a stable sort settles ties."""
-    order = distances.sort(1, stable=True).indices[:, :k]
+    """The k first by (distance, index); indices ascend among equals, so a stable sort settles ties."""
+    order = distances.sort(dim=1, stable=True).indices[:, :k]
     return distances.gather(1, order), indices.gather(1, order)
 
 
-def precision_at_5(query, query_labels, index, index_labels, exclude_self=False):
-    """The competition's score of each query -> float64 (q,), NaN where the index shows no image of its object.
+def _euclidean(a, b):
+    return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
 
-    With n_q index images of the query's object and k_q = min(n_q, 5): the share of the k_q nearest that show it.
-    query (q, d), index (n, d); labels: sequences of hashable values, compared with ==.
-    exclude_self: query i is index i, which is left out of its neighbours and of n_q.
-    ValueError: numbers of rows that do not fit, no query with a relevant index image.
+
+def _rows(vectors, which, side=None):
+    """Rows as a tensor, without a copy where possible; with a `side` to name, NaN and infinity are errors."""
+    rows = vectors[which]
+    if not isinstance(rows, torch.Tensor):
+        rows = torch.from_numpy(np.require(rows, requirements='CW'))
+    if side and (bad := ~(rows.abs().amax(1).float() < 1e18)).any():  # larger squares overflow
+        raise ValueError(f'{side} vector {which.start + int(bad.nonzero()[0])} holds NaN or infinite values: '
+                         'leave it out or embed it again')
+    return rows
+
+
+def precision_at_5(query, query_labels, index, index_labels, exclude_self=False):
+    """The competition's score of each query -> float64 (q,), NaN where the index shows none of its object.
+
+    With n_q index images of the query's object and k_q = min(n_q, 5): the share of its k_q nearest that show
+    it. query (q, d), index (n, d); labels: q and n hashable values that compare by ==, in any sequence.
+    exclude_self: query i is index i, which counts neither among its neighbours nor in n_q.
+    ValueError: numbers that do not fit, no query with a relevant index image.
     """
-    if len(query_labels) != len(query) or len(index_labels) != len(index):
-        raise ValueError(f'{len(query)} queries with {len(query_labels)} labels and {len(index)} index vectors with '
-                         f'{len(index_labels)} labels: give one label a vector')
-    if exclude_self and len(query) != len(index):
-        raise ValueError(f'exclude_self wants query and index to be the same images, not {len(query)} and {len(index)}')
-    codes = _codes([*_plain(query_labels), *_plain(index_labels)])
-    query_codes, index_codes = codes[:len(query)], codes[len(query):]
-    relevant = np.bincount(index_codes, minlength=len(codes))[query_codes]
-    if exclude_self:
-        relevant = relevant - (query_codes == index_codes)
+    sizes = len(query), len(query_labels), len(index), len(index_labels)
+    if sizes[0] != sizes[1] or sizes[2] != sizes[3] or (exclude_self and sizes[0] != sizes[2]):
+        raise ValueError('{} queries with {} labels, {} index vectors with {} labels: give one label a vector'
+                         ' and, with exclude_self, the same images twice'.format(*sizes))
+    query_codes, index_codes = np.split(_codes(query_labels, index_labels), sizes[:1])
+    relevant = np.bincount(index_codes, minlength=query_codes.max(initial=0) + 1)[query_codes]
+    itself = np.arange(len(query)) if exclude_self else None
+    relevant = relevant - (query_codes == index_codes) if exclude_self else relevant
     if not relevant.any():
         raise ValueError('no query has an image of its object in the index: do both use the same labels?')
     judged = np.minimum(relevant, 5)
-    _, neighbours = nearest_neighbours(query, index, judged.max(), exclude=np.arange(len(query)) if exclude_self else None)
+    _, neighbours = nearest_neighbours(query, index, int(judged.max()), exclude=itself)
     hits = (index_codes[neighbours] == query_codes[:, None]) & (np.arange(judged.max()) < judged[:, None])
     return hits.sum(1) / np.where(judged, judged, np.nan)
 
 
 def mean_precision_at_5(query, query_labels, index, index_labels, exclude_self=False):
-    """mP@5 as the competition defines it: the mean of `precision_at_5` over the queries that have one -> float."""
+    """The competition's mP@5 as a float: the mean of `precision_at_5` over the queries that have one."""
     precisions = precision_at_5(query, query_labels, index, index_labels, exclude_self)
-    left_out = int(np.isnan(precisions).sum())
-    if left_out:
+    if left_out := int(np.isnan(precisions).sum()):
         print(f'{left_out} of {len(precisions)} queries have no image of their object in the index: left out')
     return float(np.nanmean(precisions))
 
 
 def scores_by_domain(precisions, domains):
-    """mP@5 of each kind of object -> DataFrame domain, mp5, queries (those judged), left_out."""
-    frame = pd.DataFrame({'domain': _plain(domains), 'precision': precisions})
-    by_domain = frame.groupby('domain')['precision']
-    table = by_domain.agg(mp5='mean', queries='count', left_out=lambda column: column.isna().sum())
-    return table.reset_index()
+    """mP@5 of each kind of object -> DataFrame domain, mp5, queries (judged), left_out."""
+    frame = pd.DataFrame({'domain': np.asarray(domains), 'mp5': precisions})
+    return frame.groupby('domain', as_index=False).agg(
+        mp5=('mp5', 'mean'), queries=('mp5', 'count'), left_out=('mp5', lambda scores: scores.isna().sum()))
 
 
 def paired_bootstrap(first, second, groups, n=2000, seed=0):
-    """Is `second` better than `first`? -> (difference of means, low, high), a 95 % interval of the difference.
+    """Is `second` better? -> (mean of second - first, low, high), with the ends of its 95 % interval.
 
-    first, second: `precision_at_5` of two models on the same queries; groups: the queries' labels. Whole groups are
-    drawn with replacement, as views of one object succeed or fail together. NaN in either is left out.
+    first, second: `precision_at_5` of two models on the same queries, NaN left out; groups: their labels,
+    drawn whole with replacement, since photographs of one object succeed or fail together.
     """
-    gain = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    if len(gain) != len(groups):
+    gain = np.asarray(second) - np.asarray(first)
+    if gain.shape != (len(groups),):
         raise ValueError(f'{len(gain)} queries but {len(groups)} groups: give one group a query')
     judged = ~np.isnan(gain)
-    codes = _codes(np.array(...))
+    groups = _codes(_codes(groups)[judged])
+    sums, counts = np.bincount(groups, gain[judged]), np.bincount(groups)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(n))
+    means = [sums[draw].sum() / counts[draw].sum() for draw in draws]
+    return float(gain[judged].mean()), *np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def embed_all(model, frames, folder, names=('pca', 'query', 'index')):
-    """Vectors of several frames by name, kept under `folder`; 'pca' is a sample of the training photographs."""
-    sample = frames['train'].sample(min(len(frames['train']), 20_000), random_state=0)
-    return {name: embed(model, sample if name == 'pca' else frames[name], cache=Path(folder) / f'{name}.npz', desc=name)
+def _codes(*labels):
+    """Equal labels -> equal integers 0, 1, …, all sequences in one array."""
+    codes = {}
+    lists = [part.tolist() if hasattr(part, 'tolist') else part for part in labels]
+    return np.array([codes.setdefault(label, len(codes)) for part in lists for label in part], dtype=int)
+
+
+def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
+    """Vectors of several frames by name, kept under `folder` if given: dict name -> float32 (n, dim)."""
+    return {name: embed(model, frames[name], desc=name, cache=Path(folder) / f'{name}.npz' if folder else None)
             for name in names}
 
 
-def score_table(stage, name, vectors, frames, *, dims=(None, 64), projections=None, seconds=math.nan):
+def to_dim(vectors, dim=64, projection=None):
+    """(query, index) of embed_all's vectors, L2-normalised at `dim` columns.
+
+    projection: any map (n, d) -> (n, dim); None: a PCA fitted on vectors['pca'], the training photographs.
+    """
+    projection = projection or fit_pca(vectors['pca'], dim)
+    return tuple(l2_normalise(projection(vectors[part])) for part in ('query', 'index'))
+
+
+def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=None, seconds=math.nan):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, seconds, a row for each entry of dims.
 
-    vectors: dict of embed_all. dims: None is the full width; a number goes through a PCA fitted on vectors['pca']
-    unless projections[dim] is given.
+    vectors: dict of embed_all. dims: None is the full width; a number goes through to_dim. projection: a function
+    dim -> projection, for another one than to_dim's.
     """
     rows = []
     for dim in dims:
-        query, index = vectors['query'], vectors['index']
-        if dim is not None:
-            projection = (projections or {}).get(dim) or fit_pca(vectors['pca'], dim)
-            query, index = l2_normalise(projection(query)), l2_normalise(projection(index))
+        query, index = (vectors['query'], vectors['index']) if dim is None else \
+            to_dim(vectors, dim, projection and projection(dim))
         score = mean_precision_at_5(query, frames['query']['label'], index, frames['index']['label'])
         rows.append({'stage': stage, 'model': name, 'dim': query.shape[1], 'mp5': score, 'seconds': seconds})
     return pd.DataFrame(rows)
@@ -1778,7 +2080,7 @@ def selection_score(model, frames):
                                vectors[1], frames['selection_index']['label'])
 
 
-# ── Submission ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Submission ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: Embedders and a projection to at most 64-d
 # out: submission.zip, which PyTorch 1.11 reads and runs, and its mP@5 and speed as the host sees them
 
@@ -1787,29 +2089,30 @@ HOST_HOURS, HOST_IMAGES = 9, 205_000  # the limit, for 5,000 queries and 200,000
 HOST_ARCHIVE = 9                      # newest file version that PyTorch 1.11 reads
 # Operators of vision towers that PyTorch 1.11 has under the same name and with the same arguments.
 HOST_OPERATORS = frozenset('''
-    abs adaptive_avg_pool2d add add_ addcmul amax arange avg_pool1d avg_pool2d baddbmm batch_norm
+    abs adaptive_avg_pool2d add_ add addcmul amax arange avg_pool1d avg_pool2d baddbmm batch_norm
     bitwise_not bmm cat ceil chunk clamp clamp_ clamp_min col2im constant_pad_nd contiguous _convolution
     cos cumsum detach div dropout einsum elu eq erf exp expand expand_as flatten flip floor floor_divide
-    floordiv group_norm gt hardsigmoid hardswish_ hardswish hardtanh_ hardtanh im2col index Int layer_norm
-    leaky_relu leaky_relu_ linalg_vector_norm linear log lt masked_fill matmul max max_pool2d mean
-    meshgrid min mish mm mul_ mul narrow ne neg ones ones_like permute pixel_shuffle pow prelu relu relu_
-    remainder repeat repeat_interleave reshape reshape_as roll rsqrt rsub ScalarImplicit select sigmoid
-    silu_ silu sin size slice softmax softplus split_with_sizes sqrt square squeeze.dim stack sub sum tanh
-    to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa
-    upsample_bilinear2d upsample_nearest2d view where zeros zeros_like'''.split())
+    floordiv group_norm gt hardsigmoid hardswish_ hardswish hardtanh hardtanh_ im2col index Int
+    layer_norm leaky_relu leaky_relu_ linalg_vector_norm linear log lt masked_fill matmul max max_pool2d
+    mean meshgrid min mish mm mul_ mul narrow ne neg ones ones_like permute pixel_shuffle pow prelu
+    relu_ relu remainder repeat repeat_interleave reshape reshape_as roll rsqrt rsub ScalarImplicit
+    select sigmoid silu_ silu sin size slice softmax softplus split_with_sizes sqrt square squeeze.dim
+    stack sub sum tanh to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d
+    _upsample_bicubic2d_aa upsample_bilinear2d upsample_nearest2d view where zeros zeros_like'''.split())
 
 
-def plain_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
-    """softmax(q·kᵀ / √d)·v: F.scaled_dot_product_attention without dropout. attn_mask: float, added, or None."""
+def plain_attention(query, key, value, attn_mask=None, *, scale=None, **unused):
+    """F.scaled_dot_product_attention in eval mode: softmax(q·kᵀ / √d + mask)·v, the mask float or None."""
     scores = (query * (scale or int(query.shape[-1]) ** -.5)) @ key.transpose(-2, -1)
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
 
 
 def plain_gelu(x, approximate='none'):
     """x·Φ(x) through erf, or its tanh approximation (arXiv 1606.08415, sec. 2)."""
+    half = x * .5
     if approximate == 'tanh':
-        return x * .5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x ** 3)))
-    return x * .5 * (1 + torch.erf(x * math.sqrt(.5)))
+        return half * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + .044715 * x ** 3)))
+    return torch.addcmul(half, half, torch.erf(x * math.sqrt(.5)))
 
 
 class PlainOperators(TorchFunctionMode):
@@ -1828,7 +2131,7 @@ class PlainOperators(TorchFunctionMode):
 
 
 class _WeightsFollow(TorchFunctionMode):
-    """While active, half-precision weights enter every operator in the dtype (and on the device) of `like`."""
+    """While active, half-precision weights enter every operator in the dtype of `like`."""
 
     def __init__(self, like):
         super().__init__()
@@ -1847,7 +2150,7 @@ def _half_on_cuda(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfTower(nn.Module):
-    """A tower with fp16 weights, float32 in and out. It computes in fp16 on CUDA and if `emulate`, else in fp32."""
+    """A tower with fp16 weights, float32 in and out: in fp16 on CUDA or if `emulate`, else in fp32."""
 
     def __init__(self, tower, emulate):
         super().__init__()
@@ -1862,11 +2165,12 @@ class HalfTower(nn.Module):
 
 
 def _twin(module, change):
-    """A copy of the module in eval mode around change(tensor) of each parameter and buffer: often shared ones."""
-    memo = {id(tensor): change(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())}
+    """A copy of the module, in eval mode, around change(tensor) of every parameter and buffer."""
+    memo = {id(buffer): change(buffer) for buffer in module.buffers()}
     for parameter in module.parameters():
-        if memo[id(parameter)] is not parameter:
-            memo[id(parameter)] = nn.Parameter(memo[id(parameter)].detach(), requires_grad=False)
+        changed = change(parameter)
+        same = changed is parameter
+        memo[id(parameter)] = parameter if same else nn.Parameter(changed.detach(), requires_grad=False)
     return copy.deepcopy(module, memo).eval()
 
 
@@ -1886,16 +2190,16 @@ def half_precision(model, *, emulate=False):
 
 
 def _at_size(embedder, factor):
-    """The Embedder for inputs `factor` times as large, in whole patches; all but position embeddings is shared."""
-    stem = next(part for part in embedder.tower.modules() if isinstance(part, nn.Conv2d))
+    """The Embedder for inputs `factor` times as large, in whole patches, sharing all other weights."""
+    if factor == 1:
+        return embedder
+    embedder = _twin(embedder, lambda tensor: tensor)
+    tower = embedder.tower
+    stem = next(part for part in tower.modules() if isinstance(part, nn.Conv2d))
     (kernel, _), (stride, _) = stem.kernel_size, stem.stride
     steps = round((embedder.spec.image_size * factor - kernel) / stride)
     side = kernel + steps * stride
-    if factor == 1 or side == embedder.spec.image_size:
-        return embedder
-    embedder = _twin(embedder, lambda tensor: tensor)
     embedder.spec = replace(embedder.spec, image_size=side)
-    tower = embedder.tower
     if hasattr(tower, 'positional_embedding'):  # open_clip's own transformer
         positions = resample_abs_pos_embed(tower.positional_embedding[None], [steps + 1] * 2)[0]
         tower.positional_embedding = nn.Parameter(positions.detach(), requires_grad=False)
@@ -1906,14 +2210,14 @@ def _at_size(embedder, factor):
 
 @torch.jit.script_if_tracing
 def _letterbox(pixels: torch.Tensor, side: int, border: torch.Tensor) -> torch.Tensor:
-    # Scripted, since a trace would keep its example's sizes, and in operators of which 1.11 has scripted forms.
+    # Scripted, since a trace would keep its example's sizes, in operators whose scripted form 1.11 reads.
     height, width = pixels.size(2), pixels.size(3)
     longer = max(height, width)
     h = max(1, (height * side + longer // 2) // longer)
     w = max(1, (width * side + longer // 2) // longer)
     top, left = (side - h) // 2, (side - w) // 2
-    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, [h, w], False, None, None).clamp(0, 255)
-    return torch.constant_pad_nd(resized - border, [left, side - w - left, top, side - h - top], 0) + border
+    small = torch.ops.aten._upsample_bicubic2d_aa(pixels, [h, w], False, None, None).clamp(0, 255)
+    return torch.constant_pad_nd(small - border, [left, side - w - left, top, side - h - top], 0) + border
 
 
 class Submission(nn.Module):
@@ -1921,8 +2225,8 @@ class Submission(nn.Module):
 
     members: Embedders, each fed at its own spec.image_size; their unit vectors are concatenated. projection:
     nn.Linear to at most 64 columns, or None. Test-time options: pad puts a border of the tower's mean colour
-    around the photograph instead of squashing it to a square; flip averages over it and its mirror image, sizes
-    over several multiples of the input size, e.g. (1, 1.25), with position embeddings resized.
+    around the photograph instead of squashing it to a square; flip averages over it and its mirror image,
+    sizes over several multiples of the input size, e.g. (1, 1.25), with position embeddings resized.
     """
 
     def __init__(self, members, projection=None, *, flip=False, pad=False, sizes=(1,)):
@@ -1931,24 +2235,20 @@ class Submission(nn.Module):
         self.projection, self.flip, self.pad = projection, flip, pad
 
     def forward(self, photograph):
-        """uint8 (1, 3, H, W) -> float32 (1, dim) of length 1; a batch of photographs of one size works too."""
+        """uint8 (1, 3, H, W) -> float32 (1, dim) of length 1; also several photographs of one size."""
         vector = torch.cat([self._look(photograph, scales) for scales in self.members], 1)
         return F.normalize(vector if self.projection is None else self.projection(vector))
 
     def _look(self, photograph, scales):
         vectors = []
         for embedder in scales:
-            pixels = self._square(photograph.type_as(embedder.mean), embedder)  # float32, where the weights are
+            pixels, side = photograph.type_as(embedder.mean), embedder.spec.image_size
+            # Bicubic curves leave 0..255 and are clipped, as in Pillow, but not rounded: the last digit,
+            # which differs between versions of torch, would now and then decide on a whole grey level.
+            pixels = (_letterbox(pixels, side, embedder.mean) if self.pad else
+                      F.interpolate(pixels, (side, side), mode='bicubic', antialias=True).clamp(0, 255))
             vectors += [embedder(pixels), embedder(pixels.flip(3))] if self.flip else [embedder(pixels)]
         return F.normalize(sum(vectors))
-
-    def _square(self, pixels, embedder):
-        # Bicubic curves leave 0..255 and are clipped, as in Pillow. They are not rounded: the last digit, which
-        # differs between versions of torch, would now and then decide on a step of a whole grey level.
-        side = embedder.spec.image_size
-        if self.pad:
-            return _letterbox(pixels, side, embedder.mean)
-        return F.interpolate(pixels, (side, side), mode='bicubic', antialias=True).clamp(0, 255)
 
 
 def _check_vector(vector):
@@ -1974,26 +2274,26 @@ def _check_operators(block):
         overload = node.schema().partition('(')[0].removeprefix('aten::')
         if space != 'prim' and not (space == 'aten' and {name, overload} & HOST_OPERATORS):
             layer = node.scopeName().rpartition('/')[2].removeprefix('__module.') or 'the model itself'
-            raise ValueError(f'PyTorch 1.11 has no operator {name or space}, which {layer} uses: build that layer '
-                             'from plain operators, or choose another tower.')
+            raise ValueError(f'PyTorch 1.11 has no operator {name or space}, which {layer} uses: build that '
+                             'layer from plain operators, or choose another tower.')
         for inner in node.blocks():
             _check_operators(inner)
 
 
 def _compare(model, file, tolerance):
-    """Largest difference of the file from the model over photographs of odd sizes; above tolerance a ValueError."""
+    """Largest difference of the file from the model over photographs of odd sizes, at most the tolerance."""
     loaded, generator, worst = torch.jit.load(file).eval(), torch.Generator().manual_seed(0), 0
     for size in ((1, 1), (1, 300), (200, 3), (333, 517)):
         photograph = torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator)
         worst = max(worst, (loaded(photograph) - model(photograph)).abs().max().item())
     if not worst <= tolerance:
-        raise ValueError(f'The exported file differs from the model by {worst:.1g}, more than {tolerance:g}: its '
-                         'forward decides by values or sizes, which a trace freezes.')
+        raise ValueError(f'The exported file differs from the model by {worst:.1g}, more than {tolerance:g}: '
+                         'its forward decides by values or sizes, which a trace freezes.')
     return worst
 
 
 def _save_traced(model, variant, file, tolerance):
-    """Write the checked trace of `variant`, a form of `model`; returns (dimensions, difference from `model`)."""
+    """Write a checked trace of `variant`, a form of `model`; returns (dimensions, difference from `model`)."""
     example = torch.randint(256, (1, 3, 37, 53), dtype=torch.uint8)
     vector = model(example)
     _check_vector(vector)
@@ -2007,8 +2307,8 @@ def _save_traced(model, variant, file, tolerance):
     with zipfile.ZipFile(file) as archive:
         version = int(next(archive.read(name) for name in archive.namelist() if name.endswith('/version')))
     if version > HOST_ARCHIVE:
-        raise ValueError(f'The file has version {version} and PyTorch 1.11 reads up to {HOST_ARCHIVE}: an operator '
-                         'of the model has changed since.')
+        raise ValueError(f'The file has version {version} and PyTorch 1.11 reads up to {HOST_ARCHIVE}: an '
+                         'operator of the model has changed since.')
     return vector.shape[1], _compare(model, file, tolerance)
 
 
@@ -2017,10 +2317,10 @@ def export_submission(model, path, *, half=False):
 
     model: Submission, Embedder, or any module uint8 (1, 3, H, W) -> float32 (1, dim <= 64) of length 1. It is
     traced under PlainOperators; operators and file version are checked against 1.11's, and the reloaded file
-    against the model (1e-5; half: 1e-2). half: see half_precision; a file half as large, with fp16 arithmetic on
-    a host that moves the loaded module to CUDA. On the CPU the weights become fp32 again for every photograph:
-    right, but slower. ValueError: a model the host cannot use. OSError: nowhere to write. What stood at `path`
-    stays until the new file is whole.
+    against the model (1e-5; half: 1e-2). half: see half_precision; a file half as large, and fp16 arithmetic
+    on a host that moves the loaded module to CUDA. On the CPU the weights become fp32 again for every
+    photograph: right, but slower. ValueError: a model the host cannot use. OSError: nowhere to write. What
+    stood at `path` stays until the new file is whole.
     """
     path = Path(path, 'submission.zip') if Path(path).is_dir() else Path(path)
     model = _twin(Submission([model]) if isinstance(model, Embedder) else model, torch.Tensor.cpu)
@@ -2036,18 +2336,20 @@ def export_submission(model, path, *, half=False):
                 archive.write(file, 'saved_model.pt')
             os.replace(file + '.zip', path)
     except OSError as error:
-        raise OSError(f'{path} cannot be written ({error.strerror or error}): choose a writable folder with room '
-                      'for the weights twice.') from error
+        raise OSError(f'{path} cannot be written ({error.strerror or error}): choose a writable folder with '
+                      'room for the weights twice.') from error
     print(f'{path}: {path.stat().st_size / 2**20:.1f} MB, {dim} dimensions, within {worst:.1g} of the model.')
 
 
 def _load_submission(zip_path):
     try:
-        with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, \
+                warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # as in export_submission
             return torch.jit.load(archive.extract('saved_model.pt', folder)).eval()
     except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
-        raise ValueError(f'{zip_path} is not a submission: it must be a zip with a TorchScript saved_model.pt at '
-                         'its root, as export_submission writes it.') from error
+        raise ValueError(f'{zip_path} is not a submission: it must be a zip with a TorchScript file '
+                         'saved_model.pt at its root, as export_submission writes it.') from error
 
 
 def _read_as_host(path):
@@ -2070,32 +2372,32 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limi
     """Replay the host: every photograph through the file one by one, neighbours by Euclidean distance, mP@5.
 
     Frames: columns path (absolute) and label. quick: photographs of one size in batches, with the same result
-    (the file must take batches, as export_submission's do). limit: only so many first rows of each frame. Prints
-    photographs a second, reading included, and the hours that the host's 205,000 would take here, of its 9.
-    Returns a dict: mp5, images_per_second, hours, dim, and the vectors `query` and `index`, float32 (n, dim).
+    (the file must take batches, as export_submission's do). limit: only so many first rows of each frame.
+    Prints photographs a second, reading included, and the hours that the host's 205,000 would take here.
+    Returns a dict: mp5, images_per_second, hours, dim, and the vectors query and index, float32 (n, dim).
     """
     model, frames = _load_submission(zip_path), [query_frame.iloc[:limit], index_frame.iloc[:limit]]
     paths = [path for frame in frames for path in frame['path']]
     vectors, start = [None] * len(paths), time.perf_counter()
     batches = _batches_of_one_size(paths) if quick else [[position] for position in range(len(paths))]
-    with torch.no_grad(), progress_bar(total=len(paths), desc='photographs', unit='') as progress:
+    with torch.no_grad(), progress_bar(total=len(paths), unit=' photographs') as progress:
         for batch in batches:
             outputs = model(torch.stack([_read_as_host(paths[position]) for position in batch]))
-            for position, output in zip(batch, outputs, strict=False):  # the host takes the first of many
+            for position, output in zip(batch, outputs, strict=False):
                 vectors[position] = output.flatten().numpy()
             progress.update(len(batch))
     rate, vectors = len(paths) / (time.perf_counter() - start), np.stack(vectors)
     hours, dim = HOST_IMAGES / rate / 3600, vectors.shape[1]
     if dim > HOST_DIM:
         raise ValueError(f'{zip_path} gives {dim} dimensions and the host takes at most {HOST_DIM}.')
-    print(f'{rate:.1f} photographs/s {"in batches" if quick else "one by one"} on this machine: {hours:.1f} h for '
-          f'the host\'s {HOST_IMAGES:,}, of the {HOST_HOURS} h allowed.')
+    print(f'{rate:.1f} photographs/s {"in batches" if quick else "one by one"} on this machine: '
+          f'{hours:.1f} h for the host\'s {HOST_IMAGES:,}, of the {HOST_HOURS} h allowed.')
     query, index = np.split(vectors, [len(frames[0])])
     mp5 = mean_precision_at_5(query, frames[0]['label'].to_numpy(), index, frames[1]['label'].to_numpy())
     return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': dim, 'query': query, 'index': index}
 
 
-# ── Pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: photographs, tables, neighbours · out: matplotlib figures
 
 def show_augmentation(frame, size, name, *, count=8, seed=5):
@@ -2220,9 +2522,10 @@ def plot_wise(curves):
     for axis, (tower, curve) in zip(axes[0], curves.items()):
         axis.plot(curve['seen'], curve['never seen'], 'o-')
         best = curve.loc[curve['selection'].idxmax()]
-        axis.plot(best['seen'], best['never seen'], '*', markersize=15, color='tab:orange', label=f'chosen {best["alpha"]:g}')
+        axis.plot(best['seen'], best['never seen'], '*', markersize=15, color='tab:orange',
+                  label=f'chosen {best["alpha"]:g}')
         for row in curve.itertuples():
-            axis.annotate(f'{row.alpha:g}', (row.seen, row[4]), textcoords='offset points', xytext=(6, -10), fontsize=8)
+            axis.annotate(f'{row.alpha:g}', (row.seen, row[-1]), textcoords='offset points', xytext=(6, -10), fontsize=8)
         axis.set(xlabel='mP@5 on trained classes', ylabel='mP@5 on never-seen objects', title=tower)
         axis.legend(frameon=False)
     figure.tight_layout()

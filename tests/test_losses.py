@@ -50,7 +50,8 @@ def test_arcface_equals_pytorch_metric_learning_at_a_constant_margin():
         ours = utilities.SubcenterHead(16, 6, dim=16, subcenters=subcenters)
         embedding, labels = torch.randn(12, 16), torch.arange(12) % 6
         theirs = (losses.ArcFaceLoss if subcenters == 1 else losses.SubCenterArcFaceLoss)(
-            6, 16, margin=math.degrees(.3), scale=30, **({} if subcenters == 1 else {'sub_centers': subcenters}))
+            num_classes=6, embedding_size=16, margin=math.degrees(.3), scale=30,
+            **({} if subcenters == 1 else {'sub_centers': subcenters}))
         theirs.W.data = ours.centers.data.T.clone()
         expected = theirs(embedding, labels)
         loss = utilities.arcface_loss(ours.cosine(embedding), labels, torch.full((6,), .3))

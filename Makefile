@@ -1,0 +1,25 @@
+# make demo: the four notebooks on embedded data.   make test: all tests.   Both install into .venv first.
+# Without make: python3 -m venv .venv; .venv/bin/pip install -r requirements.txt; .venv/bin/python demo.py run
+PYTHON ?= python3
+
+demo: .venv/ready
+	.venv/bin/python demo.py run
+
+test: .venv/test-ready
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
+
+notebooks: demo
+	.venv/bin/python demo.py publish
+
+.venv/ready: requirements.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/test-ready: .venv/ready requirements-test.txt
+	.venv/bin/python -m pip install --quiet --requirement requirements-test.txt
+	touch $@
+
+.PHONY: demo test notebooks

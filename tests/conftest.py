@@ -1,0 +1,43 @@
+"""A small world of photographs, made once a test session."""
+import os
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import pytest
+
+import demo
+import utilities
+
+matplotlib.use('Agg')
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope='session')
+def tiny_world(tmp_path_factory):
+    """12 objects, 6 photographs each, as a CSV."""
+    folder = tmp_path_factory.mktemp('world')
+    rows = []
+    for row in demo.objects().query("split == 'training'").head(12).itertuples(name=None):
+        rows += [(name, row[2]) for name in demo.write_object(row, folder, 6, 64, 5)]
+    pd.DataFrame(rows, columns=['path', 'label']).to_csv(folder / 'train.csv', index=False)
+    return folder
+
+
+@pytest.fixture
+def train(tiny_world):
+    return utilities.read_dataset(tiny_world / 'train.csv')
+
+
+@pytest.fixture
+def photos_folder():
+    """A folder of real photographs, named by the environment variable PHOTOS."""
+    folder = os.environ.get('PHOTOS')
+    if not folder:
+        pytest.skip('PHOTOS does not name a folder with train.csv, query.csv and index.csv: real photographs are untested')
+    return Path(folder)

@@ -1,0 +1,135 @@
+"""The notebooks: run, readable, small, the two training notebooks alike, outputs as new as the source."""
+import json
+import warnings
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+import demo
+import utilities
+
+NAMES = ['train_vit_h_224', 'train_vit_l_336', 'soup', 'zero_shot_pca']
+
+
+def cells(name, kind=None):
+    return [cell for cell in nbformat.read(f'{name}.ipynb', 4).cells if kind in (None, cell.cell_type)]
+
+
+def tags(cell):
+    return cell.metadata.get('tags', [])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_notebook_is_prose_and_short_cells(name):
+    code, prose = cells(name, 'code'), cells(name, 'markdown')
+    assert len(prose) >= .4 * len(code + prose)
+    assert max(cell.source.count('\n') + 1 for cell in code) <= 15
+    assert sum('parameters' in tags(cell) for cell in code) == 1
+    assert Path(f'{name}.ipynb').stat().st_size < 1.5e6
+    nbformat.validate(nbformat.read(f'{name}.ipynb', 4))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_notebook_has_outputs_without_errors_or_warnings(name):
+    for cell in cells(name, 'code'):
+        for output in cell.outputs:
+            assert output.output_type != 'error' and output.get('name') != 'stderr', cell.source
+    assert sum('image/png' in output.get('data', {}) for cell in cells(name, 'code') for output in cell.outputs) >= 3
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_outputs_belong_to_the_source(name):
+    made_from = nbformat.read(f'{name}.ipynb', 4).metadata.get('outputs_of', {})
+    assert made_from.get('notebook') == demo.source_digest(f'{name}.ipynb'), \
+        f'{name}.ipynb was changed after its outputs were made: run `make notebooks`.'
+    if made_from.get('utilities.py') != demo.source_digest('utilities.py'):
+        warnings.warn(f'The outputs of {name}.ipynb are older than utilities.py: run `make notebooks`.', stacklevel=1)
+
+
+def test_the_training_notebooks_differ_only_in_configuration_and_prose():
+    first, second = cells('train_vit_h_224', 'code'), cells('train_vit_l_336', 'code')
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        assert tags(one) == tags(other)
+        assert ('configuration' in tags(one)) == (one.source != other.source), one.source
+
+
+def run(name, folder, **parameters):
+    output = folder / f'{name}.ipynb'
+    papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', progress_bar=False)
+    return nbformat.read(output, 4)
+
+
+def text(notebook):
+    return '\n'.join(json.dumps(output) for cell in notebook.cells for output in cell.get('outputs', []))
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Every notebook run once, on a part of the emoji world: {name: executed notebook}, and the folder of the runs."""
+    folder, world = tmp_path_factory.mktemp('runs'), Path(demo.sources()['train']).parent
+    for name in ('train', 'query', 'index', 'selection_query', 'selection_index'):
+        frame = pd.read_csv(world / f'{name}.csv')
+        chosen = frame['label'].isin(sorted(frame['label'].unique())[:40])
+        frame[chosen].to_csv(world / f'small_{name}.csv', index=False)
+    small = {name: str(world / f'small_{name}.csv') for name in ('train', 'query', 'index')}
+    shared = {'DEMO': True, 'OUT_DIR': str(folder), 'TRAIN': small['train'], 'QUERY': small['query'],
+              'INDEX': small['index']}
+    searched = shared | {'SELECTION': [str(world / f'small_selection_{part}.csv') for part in ('query', 'index')]}
+    training = searched | {'OVERRIDES': {'max_images': 6, 'workers': 0}}
+    made = {name: run(name, folder, **training, AUGMENTATION='none') for name in NAMES[:2]}
+    made['cutout'] = run('train_vit_h_224', folder, **training, AUGMENTATION='cutout')
+    made['soup'] = run('soup', folder, **searched)
+    made['zero_shot_pca'] = run('zero_shot_pca', folder, **shared)
+    return made, folder
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'cutout'])
+def test_every_notebook_runs_without_a_word_on_stderr(runs, name):
+    made, _ = runs
+    for cell in made[name].cells:
+        for output in cell.get('outputs', []):
+            assert output.get('name') != 'stderr', output['text']
+
+
+def test_runs_leave_their_artifacts(runs):
+    _, folder = runs
+    for name in ('vit_h_224_none', 'vit_h_224_cutout', 'vit_l_336_none'):
+        assert {path.name for path in (folder / name).iterdir()} >= {
+            'model.safetensors', 'config.json', 'log.csv', 'scores.csv', 'state', 'vectors'}
+    assert utilities.load_run(folder / 'vit_l_336_none').spec.image_size == 96
+    table = utilities.list_runs(folder)
+    assert set(table['method']) == {'training', 'uniform', 'greedy'} and len(table) == 7
+
+
+def test_two_ingredients_share_the_initial_head_whatever_their_data_order(runs):
+    _, folder = runs
+    configs = [utilities.Config.load(folder / f'vit_h_224_{name}' / 'config.json') for name in ('none', 'cutout')]
+    assert configs[0].head_seed == configs[1].head_seed and configs[0].augmentation != configs[1].augmentation
+
+
+def test_the_soup_is_the_mean_of_its_ingredients_and_none_of_them(runs):
+    _, folder = runs
+    none, cutout, soup = (utilities.open_checkpoint(folder / name / 'model.safetensors')
+                          for name in ('vit_h_224_none', 'vit_h_224_cutout', 'soup_vit_h_224'))
+    for name in soup:
+        mean = (none[name].double() + cutout[name].double()) / 2
+        assert np.allclose(soup[name], mean, atol=1e-7), name
+    assert not np.allclose(soup['tower.proj'], cutout['tower.proj'], atol=1e-7)
+
+
+def test_the_exported_ensemble_gives_the_notebooks_vectors(runs):
+    made, folder = runs
+    with np.load(folder / 'ensemble/reference.npz') as reference:
+        assert reference['images'].dtype == np.uint8 and reference['vectors'].shape[1] == 64
+    scores = pd.read_csv(folder / 'soup_scores.csv').set_index('model')['mp5']
+    assert f"mP@5 of the file {scores['ensemble']:.2f}" in text(made['soup'])
+
+
+def test_soup_without_ingredients_says_what_to_run_first(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match='run train_vit_h_224.ipynb'):
+        run('soup', tmp_path, DEMO=True, OUT_DIR=str(tmp_path))

@@ -1,0 +1,470 @@
+import itertools
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import utilities
+
+SPEC = {'model_name': 'ViT-T', 'pretrained': 'x', 'image_size': 64, 'mean': [.5, .5, .5], 'std': [.5, .5, .5],
+        'activation': 'gelu', 'width': 8, 'architecture': {}}
+
+
+def random_state(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {'tower.proj': (8, 4), 'tower.bias': (), 'head.embedding.weight': (5, 8), 'head.centers': (6, 4)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def written(folder, states, **metadata):
+    paths = [folder / f'run{i}' / 'model.safetensors' for i in range(len(states))]
+    for path, state in zip(paths, states, strict=True):
+        utilities.save_state(state, path, {key: json.dumps(value) for key, value in metadata.items()})
+    return paths
+
+
+def as_authors(state):
+    """The state under the names of the original authors' files, with their text tower."""
+    ours = {'head.embedding.weight': 'head.emb.weight', 'head.centers': 'head.arc.weight'}
+    theirs = {ours.get(name, name.replace('tower.', 'vit_backbone.visual.')): x for name, x in state.items()}
+    text = ('transformer.resblocks.0.ln_1.weight', 'token_embedding.weight', 'positional_embedding',
+            'ln_final.weight', 'text_projection', 'logit_scale')
+    return theirs | {f'vit_backbone.{name}': torch.ones(3) for name in text}
+
+
+def assert_same(one, other):
+    assert list(one) == list(other)
+    for name in one:
+        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+
+
+def test_the_soup_of_1_2_3_4_is_two_and_a_half_everywhere_and_not_its_last_ingredient(tmp_path):
+    states = [{name: torch.full_like(x, i) for name, x in random_state().items()} for i in (1, 2, 3, 4)]
+    soup = utilities.average_states(written(tmp_path, states))
+    assert soup.keys() == states[0].keys()
+    for name, tensor in soup.items():
+        assert tensor.shape == states[0][name].shape
+        assert (tensor == 2.5).all() and (tensor != states[-1][name]).all()
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 8, 1 << 15])
+def test_the_average_is_the_float64_mean_rounded_once_whatever_the_chunk(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(utilities, 'CHUNK', chunk)
+    states = [random_state(seed) | {'empty': torch.ones(0, 3)} for seed in range(3)]
+    soup = utilities.average_states(written(tmp_path, states))
+    for name in soup:
+        exact = np.mean([state[name].numpy().astype(np.float64) for state in states], axis=0)
+        np.testing.assert_array_equal(soup[name].numpy(), exact.astype(np.float32))
+
+
+def test_weights_count_by_their_share(tmp_path):
+    states = [random_state(seed) for seed in range(3)]
+    paths = written(tmp_path, states)
+    soup = utilities.average_states(paths, weights=[1, 0, 3])
+    for name in soup:
+        expected = .25 * states[0][name].double() + .75 * states[2][name].double()
+        assert torch.equal(soup[name], expected.float())
+    tenth = utilities.average_states(paths, weights=[.1, 0, .3])
+    np.testing.assert_allclose(tenth['tower.proj'], soup['tower.proj'], rtol=1e-6)
+
+
+def test_the_average_of_one_file_is_that_file_to_the_sign_of_a_zero(tmp_path):
+    state = random_state() | {'tower.zeros': torch.tensor([-0., 0.])}
+    soup = utilities.average_states(written(tmp_path, [state]))
+    assert utilities.state_digest(soup) == utilities.state_digest(state)
+
+
+@pytest.mark.parametrize('weights', [[1], [1, 2, 3], [1, -1], [0, 0], [1, float('nan')], [1, float('inf')]])
+def test_weights_that_are_no_shares_are_refused(tmp_path, weights):
+    with pytest.raises(ValueError, match='as many weights, none negative'):
+        utilities.average_states(written(tmp_path, [random_state(0), random_state(1)]), weights)
+
+
+def test_no_path_is_refused_and_one_path_twice_is_announced(tmp_path, capsys):
+    with pytest.raises(ValueError, match='at least one checkpoint'):
+        utilities.average_states([])
+    path, = written(tmp_path, [random_state()])
+    soup = utilities.average_states([path, path.parent / '..' / 'run0' / path.name])
+    assert_same(soup, load_file(path))
+    assert 'more than once' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: state,
+    lambda state: {f'module.{name}': x for name, x in state.items()},
+    lambda state: {'state_dict': state, 'epoch': 1},
+    lambda state: {'model': {f'module.{name}': torch.nn.Parameter(x) for name, x in state.items()}},
+], ids=['flat', 'module.', 'state_dict', 'model'])
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
+def test_the_original_authors_files_equal_ours(tmp_path, wrap, zipped):
+    states = [random_state(seed) for seed in (0, 1)]
+    ours = written(tmp_path, states)
+    theirs = [tmp_path / f'{i}_0.688' for i in (0, 1)]
+    for path, state in zip(theirs, states, strict=True):
+        torch.save(wrap(as_authors(state)), path, _use_new_zipfile_serialization=zipped)
+    expected = utilities.average_states(ours)
+    for paths in (theirs, [ours[0], theirs[1]], [theirs[0], ours[1]]):
+        soup = utilities.average_states(paths)
+        assert_same({name: soup[name] for name in expected}, expected)
+        assert len(soup) == len(expected)
+
+
+def test_opening_tells_names_shapes_types_and_metadata_without_extension(tmp_path):
+    state = random_state()
+    save_file(state, tmp_path / 'a.pt', {'spec': json.dumps(SPEC)})
+    torch.save(state, tmp_path / 'b.safetensors')
+    for name, metadata in (('a.pt', {'spec': json.dumps(SPEC)}), ('b.safetensors', {})):
+        checkpoint = utilities.open_checkpoint(tmp_path / name)
+        assert checkpoint.metadata == metadata and set(checkpoint.keys()) == set(state)
+        assert all(torch.equal(checkpoint[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_averages_to_float32_and_says_so(tmp_path, capsys, dtype):
+    states = [{name: x.to(dtype) for name, x in random_state(seed).items()} for seed in (0, 1)]
+    soup = utilities.average_states(written(tmp_path, states))
+    for name in soup:
+        assert soup[name].dtype == torch.float32
+        assert torch.equal(soup[name], ((states[0][name].double() + states[1][name].double()) / 2).float())
+    assert 'float32' in capsys.readouterr().out
+
+
+def test_float64_stays_float64(tmp_path):
+    soup = utilities.average_states(written(tmp_path, [{'a': torch.tensor([1 / 3]).double()}] * 2))
+    assert soup['a'].dtype == torch.float64 and soup['a'].item() == torch.tensor([1 / 3]).double().item()
+
+
+def test_tensors_that_are_not_contiguous_average_by_place(tmp_path):
+    for i in (0, 1):
+        torch.save({'a': (torch.arange(6.).view(2, 3) + i).T}, tmp_path / str(i))
+    soup = utilities.average_states([tmp_path / '0', tmp_path / '1'])
+    assert torch.equal(soup['a'], torch.arange(6.).view(2, 3).T + .5)
+
+
+def test_of_step_counters_the_largest_stays_and_other_integers_must_be_equal(tmp_path):
+    def state(steps, index):
+        return {'bn.running_mean': torch.tensor([1. * steps]), 'bn.num_batches_tracked': torch.tensor(steps),
+                'position_index': torch.tensor([1, index]), 'mask': torch.tensor([True, False])}
+    soup = utilities.average_states(written(tmp_path / 'a', [state(10, 2), state(30, 2), state(20, 2)]))
+    assert soup['bn.num_batches_tracked'] == 30 and soup['bn.running_mean'] == 20
+    assert soup['position_index'].tolist() == [1, 2] and soup['mask'].dtype == torch.bool
+    with pytest.raises(ValueError, match='integer buffers: position_index'):
+        utilities.average_states(written(tmp_path / 'b', [state(10, 2), state(10, 3)]))
+
+
+def test_disagreement_lists_the_first_differences_of_each_kind(tmp_path):
+    good = {f'tower.{i}': torch.zeros(2) for i in range(5)}
+    good |= {'head.centers': torch.zeros(6, 4), 'c': torch.ones(1)}
+    bad = {f'tower.x{i}': torch.zeros(2) for i in range(4)}
+    bad |= {'tower.4': torch.zeros(2), 'head.centers': torch.zeros(9, 4), 'c': torch.tensor([1])}
+    other_spec = SPEC | {'activation': 'quick_gelu', 'image_size': 96, 'pretrained': 'y'}
+    paths = written(tmp_path / 'a', [good], spec=SPEC) + written(tmp_path / 'b', [bad], spec=other_spec)
+    with pytest.raises(ValueError) as error:
+        utilities.average_states(paths)
+    message = str(error.value)
+    for part in (str(paths[0]), str(paths[1]), 'missing: tower.0, tower.1, tower.2 and 1 more;',
+                 'too many: tower.x0, tower.x1, tower.x2 and 1 more;',
+                 'shapes: head.centers (9, 4) against (6, 4);', 'number types or integer buffers: c;',
+                 'image_size 96 against 64, activation quick_gelu against gelu'):
+        assert part in message
+    assert 'pretrained' not in message
+
+
+@pytest.mark.parametrize('field, value', [('model_name', 'other'), ('image_size', 96), ('mean', [0, 0, 0]),
+                                          ('std', [1, 1, 1]), ('activation', 'quick_gelu')])
+def test_each_setting_that_belongs_to_the_weights_must_agree(tmp_path, field, value):
+    paths = written(tmp_path / 'a', [random_state()], spec=SPEC)
+    paths += written(tmp_path / 'b', [random_state()], spec=SPEC | {field: value})
+    with pytest.raises(ValueError, match=f'settings: {field}'):
+        utilities.average_states(paths)
+    torch.save(random_state(), tmp_path / 'bare')
+    utilities.average_states([paths[0], tmp_path / 'bare'])
+
+
+def test_a_diverged_ingredient_is_named(tmp_path):
+    states = [random_state(seed) for seed in range(3)]
+    states[1]['tower.proj'][3, 2] = float('nan')
+    with pytest.raises(ValueError, match=r'tower\.proj is not finite in \S*run1/model.safetensors:'):
+        utilities.average_states(written(tmp_path, states))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    trap = tmp_path / 'trap'
+    pickle.loads(pickle.dumps(Malicious(trap)))
+    assert trap.exists()  # the trap does work
+    trap.unlink()
+    state = {'tower.proj': torch.zeros(2), 'config': Malicious(trap)}
+    torch.save(state, tmp_path / 'zip')
+    torch.save(state, tmp_path / 'legacy', _use_new_zipfile_serialization=False)
+    (tmp_path / 'plain').write_bytes(pickle.dumps(Malicious(trap), protocol=2))
+    for name in ('zip', 'legacy', 'plain'):
+        with pytest.raises(ValueError, match=f'{name} holds Python objects, which could run code'):
+            utilities.open_checkpoint(tmp_path / name)
+    assert not trap.exists()
+
+
+def test_a_truncated_or_foreign_file_is_one_sentence(tmp_path):
+    save_file(random_state(), tmp_path / 'a')
+    torch.save(random_state(), tmp_path / 'b')
+    for name in ('a', 'b'):
+        whole = (tmp_path / name).read_bytes()
+        for size in (0, 1, 8, 9, 200, len(whole) // 2, len(whole) - 1):
+            (tmp_path / 'cut').write_bytes(whole[:size])
+            with pytest.raises(ValueError, match='cut is truncated, or neither') as error:
+                utilities.open_checkpoint(tmp_path / 'cut')
+            assert '\n' not in str(error.value)
+    for content in (b'<!doctype html>', b'version https://git-lfs', b'{"json": true}', b'12345678{"a": 1}'):
+        (tmp_path / 'cut').write_bytes(content)
+        with pytest.raises(ValueError, match='cut is truncated, or neither'):
+            utilities.open_checkpoint(tmp_path / 'cut')
+
+
+@pytest.mark.parametrize('content', [[torch.zeros(2)], {'epoch': 3}, torch.zeros(2),
+                                     {'vit_backbone.logit_scale': torch.ones(1)}])
+def test_a_file_without_named_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / 'a')
+    with pytest.raises(ValueError, match='holds no tensors of a tower or head'):
+        utilities.open_checkpoint(tmp_path / 'a')
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path):
+    for path in (tmp_path / 'none.pt', tmp_path):
+        with pytest.raises(FileNotFoundError, match=f'no checkpoint {path}:'):
+            utilities.open_checkpoint(path)
+
+
+def test_a_saved_state_comes_back_with_its_metadata_and_is_readable_by_others(tmp_path):
+    state = random_state() | {'t': torch.arange(6.).view(2, 3).T}
+    path = tmp_path / 'new' / 'model.safetensors'
+    utilities.save_state(state, path, {'method': 'uniform'})
+    checkpoint = utilities.open_checkpoint(path)
+    assert utilities.state_digest(checkpoint) == utilities.state_digest(state)
+    assert checkpoint.metadata == {'format': 'pt', 'method': 'uniform'}
+    (tmp_path / 'plain').touch()
+    assert path.stat().st_mode == (tmp_path / 'plain').stat().st_mode
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_saving_refuses_an_existing_file_unless_told_and_metadata_that_is_no_text(tmp_path):
+    path, = written(tmp_path, [random_state(0)])
+    with pytest.raises(FileExistsError, match='overwrite=True'):
+        utilities.save_state(random_state(1), path)
+    with pytest.raises(ValueError, match='unlike alpha'):
+        utilities.save_state(random_state(1), path, {'alpha': .5}, overwrite=True)
+    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state(0))
+    utilities.save_state(random_state(1), path, overwrite=True)
+    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state(1))
+
+
+def full_disk(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # the kernel cuts the write short
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def refused_rename(monkeypatch):
+    def fail(source, target):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'replace', fail)
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize('break_disk', [full_disk, refused_rename])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, break_disk):
+    path, = written(tmp_path, [random_state(0)])
+    repair = break_disk(monkeypatch)
+    try:
+        with pytest.raises(OSError, match='could not be written .*free some space'):
+            utilities.save_state(random_state(1), path, overwrite=True)
+    finally:
+        repair()
+    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state(0))
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_mapped_checkpoint_survives_being_saved_over_itself(tmp_path):
+    path, = written(tmp_path, [random_state()])
+    utilities.save_state(utilities.open_checkpoint(path), path, overwrite=True)
+    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state())
+
+
+def test_digests_tell_states_apart_by_name_type_shape_and_value_but_not_by_order(tmp_path):
+    (tmp_path / 'abc').write_bytes(b'abc')
+    assert utilities.file_digest(tmp_path / 'abc') == (
+        'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad')  # FIPS 180-2, appendix B.1
+    a, b = torch.zeros(2, 2), torch.ones(3, dtype=torch.bfloat16)
+    same = [{'a': a, 'b': b}, {'b': b, 'a': a}]
+    others = [{'a': a}, {'a': a, 'c': b}, {'a': a.view(4), 'b': b}, {'a': a + 1e-7, 'b': b},
+              {'a': a.int(), 'b': b}, {'a': a, 'b': b.half()}, {'a': -a, 'b': b}, {'b': a, 'a': b}]
+    digests = [utilities.state_digest(state) for state in same + others]
+    assert digests[0] == digests[1] and len(set(digests)) == 1 + len(others)
+
+
+MEASURE = """
+import sys, threading
+import utilities
+
+def anonymous():
+    lines = open('/proc/self/status')
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('RssAnon'))
+
+def watch():
+    while not done.wait(.001):
+        peaks.append(anonymous())
+
+*paths, small = sys.argv[1:]
+utilities.average_states([small])  # whatever the libraries allocate once is there before
+peaks, done, watcher = [anonymous()], threading.Event(), threading.Thread(target=watch)
+watcher.start()
+soup = utilities.average_states(paths)
+done.set()
+print(max(peaks) - peaks[0], *(tensor.unique().tolist() for tensor in soup.values()))
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='only Linux tells anonymous memory')
+def test_six_checkpoints_take_the_memory_of_little_more_than_one(tmp_path):
+    size = 60 * 2**20
+    for i in range(6):
+        save = save_file if i % 2 else torch.save
+        save({name: torch.full((1024, 1024, 5), float(i)) for name in 'abc'}, tmp_path / str(i))
+    save_file({'a': torch.zeros(1)}, tmp_path / 'small')
+    command = [sys.executable, '-c', MEASURE, *(tmp_path / str(i) for i in range(6)), tmp_path / 'small']
+    run = subprocess.run(command, check=True, capture_output=True, text=True,
+                         cwd=Path(utilities.__file__).parent)
+    growth, *values = run.stdout.split()
+    assert values == ['[2.5]'] * 3
+    assert .9 * size < int(growth) <= 1.3 * size
+
+
+def test_wise_ft_is_exact_at_its_ends_linear_between_and_keeps_the_head(tmp_path):
+    tuned = random_state(1) | {'tower.zero': torch.tensor([-0., 1.])}
+    zero_shot = {name: x + 1 / 3 for name, x in tuned.items() if name.startswith('tower')}
+    zero_path, = written(tmp_path / 'zero', [zero_shot], spec=SPEC)
+    tuned_path, = written(tmp_path / 'tuned', [tuned], spec=SPEC)
+    for zero, fine in itertools.product((zero_shot, zero_path), (tuned, tuned_path)):
+        ends = [utilities.interpolate_states(zero, fine, alpha) for alpha in (0, 1)]
+        assert utilities.state_digest(ends[0]) == utilities.state_digest(tuned | zero_shot)
+        assert utilities.state_digest(ends[1]) == utilities.state_digest(tuned)
+        between = utilities.interpolate_states(zero, fine, .3)
+        for name in zero_shot:
+            exact = .7 * zero_shot[name].double() + .3 * tuned[name].double()
+            assert torch.equal(between[name], exact.float())
+        assert torch.equal(between['head.centers'], tuned['head.centers'])
+
+
+def test_wise_ft_refuses_states_that_do_not_belong_together(tmp_path):
+    tuned, tower = random_state(), {'tower.proj': torch.zeros(8, 4)}
+    for alpha in (-.1, 1.1, float('nan')):
+        with pytest.raises(ValueError, match='alpha goes from 0'):
+            utilities.interpolate_states(tower, tuned, alpha)
+    with pytest.raises(ValueError, match='tensors missing: tower.more'):
+        utilities.interpolate_states(tower | {'tower.more': torch.zeros(1)}, tuned, .5)
+    with pytest.raises(ValueError, match='tensors missing: proj.*tower'):
+        utilities.interpolate_states({'proj': torch.zeros(8, 4)}, tuned, .5)
+    with pytest.raises(ValueError, match='shapes: tower.proj'):
+        utilities.interpolate_states({'tower.proj': torch.zeros(8, 5)}, tuned, .5)
+    first, = written(tmp_path / 'a', [tower], spec=SPEC)
+    second, = written(tmp_path / 'b', [tuned], spec=SPEC | {'activation': 'quick_gelu'})
+    with pytest.raises(ValueError, match='settings: activation quick_gelu against gelu'):
+        utilities.interpolate_states(first, second, .5)
+
+
+def closeness(target):
+    """A score whose best state is `target`."""
+    return lambda state: -sum((state[name] - target[name]).pow(2).sum().item() for name in target)
+
+
+def test_greedy_soup_keeps_what_helps_rejects_what_hurts_and_returns_the_kept_average(tmp_path, capsys):
+    values = [3., 1., -1.2, 40., -1.]  # the best is 0: order by score 1, -1, -1.2, 3, 40
+    paths = written(tmp_path, [{'tower.a': torch.full((4,), value)} for value in values])
+    soup, history = utilities.greedy_soup(paths, closeness({'tower.a': torch.zeros(4)}))
+    assert list(history.columns) == ['path', 'alone', 'with_it', 'kept']
+    assert history.path.tolist() == [str(paths[i]) for i in (1, 4, 2, 0, 3)]
+    assert history.kept.tolist() == [True, True, False, False, False]
+    np.testing.assert_allclose(history.alone, [-4 * values[i]**2 for i in (1, 4, 2, 0, 3)], rtol=1e-6)
+    np.testing.assert_allclose(history.with_it, [-4., 0, -4 * .4**2, -4., -4 * (40 / 3)**2], rtol=1e-6)
+    assert_same(soup, utilities.average_states([paths[1], paths[4]]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(',')[0] for line in lines] == [
+        'kept: run1', 'kept: run4', 'left out: run2', 'left out: run0', 'left out: run3']
+
+
+def test_greedy_soup_keeps_ties_and_falls_within_the_tolerance(tmp_path):
+    paths = written(tmp_path, [{'tower.a': torch.full((1,), value)} for value in (0., 1., 0.)])
+    score = closeness({'tower.a': torch.zeros(1)})
+    _, history = utilities.greedy_soup(paths, score)
+    assert history.kept.tolist() == [True, True, False]
+    _, history = utilities.greedy_soup(paths, score, tolerance=.2)
+    assert history.kept.tolist() == [True, True, True]
+
+
+def test_greedy_soup_stops_early_on_mismatch_and_on_a_score_of_nan(tmp_path):
+    paths = written(tmp_path, [{'tower.a': torch.zeros(1)}, {'tower.a': torch.zeros(2)}])
+    with pytest.raises(ValueError, match='shapes: tower.a'):
+        utilities.greedy_soup(paths, lambda state: pytest.fail('scored before the files were compared'))
+    with pytest.raises(ValueError, match=f'score of {paths[0]} is NaN'):
+        utilities.greedy_soup(paths[:1], lambda state: float('nan'))
+
+
+def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(utilities, 'CHUNK', 5)
+    steps = {'tower.steps': torch.tensor(3)}
+    base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | steps
+    states = [random_state(seed) | steps for seed in range(3)]
+    states.append({name: base.get(name, x) for name, x in states[0].items()})
+    table = utilities.weight_cosines(written(tmp_path, states), base)
+    floats = [name for name in base if name != 'tower.steps']
+    origin, *towers = [np.concatenate([state[name].double().numpy().ravel() for name in floats])
+                       for state in (base, *states)]
+    changes = [tower - origin for tower in towers]
+    assert table.index.tolist() == table.columns.tolist() == ['run0', 'run1', 'run2', 'run3']
+    for i, j in itertools.product(range(3), range(3)):
+        expected = changes[i] @ changes[j] / np.sqrt((changes[i] @ changes[i]) * (changes[j] @ changes[j]))
+        assert table.iloc[i, j] == pytest.approx(expected, abs=1e-12)
+    assert table.iloc[3].isna().all()
+    with pytest.raises(ValueError, match="missing: proj.*'tower.' before"):
+        utilities.weight_cosines([tmp_path / 'run0/model.safetensors'], {'proj': torch.zeros(8, 4)})
+
+
+def test_the_line_between_two_ingredients_shows_a_barrier(tmp_path):
+    paths = written(tmp_path, [{'tower.a': torch.tensor([value])} for value in (0., 1.)])
+    table = utilities.path_scores(*paths, lambda state: abs(state['tower.a'].item() - .5))
+    assert table.columns.tolist() == ['alpha', 'score']
+    np.testing.assert_array_equal(table, [[0, .5], [.25, .25], [.5, 0], [.75, .25], [1, .5]])
+    with pytest.raises(ValueError, match='2 points or more'):
+        utilities.path_scores(*paths, len, points=1)
+
+
+def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
+    paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC, scores={'mp5': .5})
+    metadata = utilities.soup_metadata(paths, 'wise-ft', alpha=.6, note='text')
+    soup = tmp_path / 'soup' / 'model.safetensors'
+    utilities.save_state(utilities.average_states(paths), soup, metadata)
+    kept = utilities.open_checkpoint(soup).metadata
+    assert kept['method'] == 'wise-ft' and kept['alpha'] == '0.6' and kept['note'] == 'text'
+    assert json.loads(kept['spec']) == SPEC
+    assert json.loads(kept['ingredients']) == [
+        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': {'mp5': .5}} for i in (0, 1)]
+    torch.save(as_authors(random_state()), tmp_path / 'H_0.688')
+    theirs = utilities.soup_metadata([tmp_path / 'H_0.688', paths[1]], 'uniform', scores=[.1, .2])
+    ingredients = json.loads(theirs['ingredients'])
+    assert [(i['run'], i['score']) for i in ingredients] == [('H_0.688', .1), ('run1', .2)]
+    assert json.loads(theirs['spec']) == SPEC
+    assert 'spec' not in utilities.soup_metadata([tmp_path / 'H_0.688'], 'uniform')

@@ -1,0 +1,182 @@
+"""fit: what it writes, that it repeats itself, that it goes on where it was stopped."""
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import demo
+import utilities
+
+CONFIG = utilities.Config(**demo.settings({'image_size': 32})).override(
+    batch_size=8, effective_batch=16, n_classes=100, epochs=3, warmup_steps=2, embedding_dim=32, save_minutes=1000)
+
+
+def new_model(config=CONFIG, n_classes=12):
+    tower = utilities.load_image_tower(config.model_name, config.pretrained, config.image_size)
+    return utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, n_classes, dim=config.embedding_dim,
+                                                             seed=config.head_seed))
+
+
+def weights(run):
+    return load_file(run / 'model.safetensors')
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def train_in_a_child(config, train, run):
+    child = multiprocessing.get_context('spawn').Process(target=_child, args=(config, train, run))
+    child.start()
+    return child
+
+
+def _child(config, train, run):
+    utilities.fit(config, new_model(config), train, run)
+
+
+def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
+    utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
+    made = {path.name for path in (tmp_path / 'run').iterdir()}
+    assert made >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
+    log = pd.read_csv(tmp_path / 'run/log.csv')
+    assert list(log.columns) == ['step', 'loss', 'lr', 'images/s'] and log['step'].tolist() == list(range(1, 13))
+    assert log['loss'].iloc[-4:].mean() < log['loss'].iloc[:4].mean()
+    assert utilities.Config.load(tmp_path / 'run/config.json') == CONFIG
+    model = utilities.load_run(tmp_path / 'run')
+    assert model.spec.image_size == 32 and model.spec.activation == 'gelu'
+    vectors = utilities.embed(model, train)
+    assert vectors.shape == (72, 32) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(train, tmp_path):
+    for name, seed in (('a', 5), ('b', 5), ('c', 6)):
+        torch.manual_seed(hash(name) % 1000)
+        utilities.fit(CONFIG.override(seed=seed, epochs=1, augmentation='cutout'), new_model(), train, tmp_path / name)
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+    assert not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
+
+
+def test_a_run_killed_at_any_step_goes_on_bit_for_bit(train, tmp_path):
+    config = CONFIG.override(save_minutes=0, augmentation='cutout')
+    utilities.fit(config, new_model(), train, tmp_path / 'whole')
+    child = train_in_a_child(config, train, tmp_path / 'killed')
+    wait_for(lambda: len(list((tmp_path / 'killed/state').glob('step-*'))) > 0, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert not (tmp_path / 'killed/model.safetensors').exists()
+    utilities.fit(config, new_model(), train, tmp_path / 'killed')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    assert pd.read_csv(tmp_path / 'killed/log.csv')['step'].tolist() == list(range(1, 13))
+
+
+def wait_for(condition, child, seconds=120):
+    until = time.time() + seconds
+    while not condition():
+        assert child.is_alive() and time.time() < until, 'the child ended before it could be killed'
+        time.sleep(.005)
+
+
+def test_a_truncated_newest_state_falls_back_to_the_one_before(train, tmp_path, capsys):
+    config = CONFIG.override(save_minutes=0)
+    utilities.fit(config, new_model(), train, tmp_path / 'run')
+    expected = weights(tmp_path / 'run')
+    newest = max((tmp_path / 'run/state').glob('step-*'))
+    (newest / 'model.safetensors').write_bytes((newest / 'model.safetensors').read_bytes()[:100])
+    utilities.fit(config, new_model(), train, tmp_path / 'run')
+    assert 'trying the one before' in capsys.readouterr().out
+    assert same(expected, weights(tmp_path / 'run'))
+
+
+def test_a_time_budget_stops_cleanly_and_the_next_call_finishes(train, tmp_path):
+    whole, parts = CONFIG.override(epochs=1), CONFIG.override(epochs=1, max_hours=1e-9)
+    utilities.fit(whole, new_model(), train, tmp_path / 'whole')
+    with pytest.raises(utilities.Stopped, match='run it again'):
+        utilities.fit(parts, new_model(), train, tmp_path / 'parts')
+    utilities.fit(whole, new_model(), train, tmp_path / 'parts')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+
+
+def test_another_configuration_does_not_go_on_in_the_same_folder(train, tmp_path):
+    utilities.fit(CONFIG.override(epochs=1), new_model(), train, tmp_path / 'run')
+    with pytest.raises(ValueError, match='another configuration .head_lr'):
+        utilities.fit(CONFIG.override(epochs=1, head_lr=1.), new_model(), train, tmp_path / 'run')
+
+
+def test_two_runs_cannot_write_into_one_folder(train, tmp_path):
+    with utilities.run_lock(tmp_path / 'run'), pytest.raises(RuntimeError, match='Another run is writing'):
+        utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
+
+
+def test_the_best_state_on_selection_data_is_kept(train, tmp_path):
+    scores = iter([.1, .9, .3, .2, .1, .1, .1])
+    utilities.fit(CONFIG.override(validate_every=2), new_model(), train, tmp_path / 'run', lambda model: next(scores))
+    metadata = utilities.open_checkpoint(tmp_path / 'run/model.safetensors').metadata
+    assert json.loads(metadata['step']) == 4 and json.loads(metadata['score']) == pytest.approx(.9)
+
+
+def test_an_unreadable_photograph_is_replaced_counted_and_listed(train, tmp_path, capsys):
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'')
+    frame = train.copy()
+    frame.loc[0, 'path'] = str(broken)
+    utilities.fit(CONFIG.override(epochs=1), new_model(), frame, tmp_path / 'run')
+    assert (tmp_path / 'run/unreadable.txt').read_text().split() == [str(broken)]
+    assert '1 photographs could not be read' in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(train, tmp_path):
+    model = new_model()
+    with torch.no_grad():
+        model.head.centers.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='lower head_lr'):
+        utilities.fit(CONFIG, model, train, tmp_path / 'run')
+
+
+def test_a_head_of_another_size_is_refused_before_anything_is_written(train, tmp_path):
+    with pytest.raises(ValueError, match='12 classes'):
+        utilities.fit(CONFIG, new_model(n_classes=5), train, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
+    frame = train
+    gradients = []
+    for batch in (8, 16):
+        model = new_model(CONFIG).eval()  # without dropout
+        accelerator = utilities.Accelerator(cpu=True)
+        config = CONFIG.override(batch_size=batch)
+        optimiser = torch.optim.SGD(model.parameters(), lr=.1)
+        wrapped, optimiser = accelerator.prepare(model, optimiser)
+        wrapped.eval()
+        photos = utilities.Photos(frame, 32, targets=np.unique(frame['label'], return_inverse=True)[1])
+        batches = list(utilities.loader(photos, batch, train=True))[:16 // batch]
+        utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3), config)
+        gradients.append(model.state_dict())
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
+
+
+def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weights(train, tmp_path):
+    model = new_model().eval()
+    first = utilities.embed(model, train, cache=tmp_path / 'v.npz')
+    with np.load(tmp_path / 'v.npz') as kept:
+        assert kept['paths'].tolist() == train['path'].tolist() and np.array_equal(kept['vectors'], first)
+    np.savez(tmp_path / 'v.npz', **{**np.load(tmp_path / 'v.npz'), 'vectors': first * 0})
+    assert not utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+    with torch.no_grad():
+        model.tower.proj.mul_(1.1)
+        model.tower.proj[0, 0] += 1
+    assert utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero():
+    shares = [utilities.learning_rate_share(step, 100, 10) for step in range(101)]
+    assert shares[0] > 0 and np.argmax(shares) == 10 and shares[10] == 1 and shares[100] == pytest.approx(0, abs=1e-9)
