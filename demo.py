@@ -242,8 +242,8 @@ def settings(stand_in):
     """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and margins
     that suit its size and its few steps."""
     return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': ((6, 1e-4),), 'head_lr': 3e-3,
-            'subcenters': 1, 'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20,
-            'pca_images': 2000, **stand_in}
+            'subcenters': 1, 'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32,
+            'warmup_steps': 20, 'pca_images': 2000, **stand_in}
 
 
 def zero_shot():

@@ -1,6 +1,6 @@
 """Exact 5 nearest of 200,000 index vectors for 5,000 queries, 64-d float32, against faiss and scikit-learn.
 
-    python benchmarks/bench_neighbours.py [index rows] [threads]
+    python benchmarks/neighbours.py [index rows] [threads]
 
 Vectors are L2-normalised, of a decaying spectrum. Runs are interleaved; the table gives medians and each time as a
 multiple of the matrix product alone (the best tiling found, result thrown away). Checked: for 100 queries the result

@@ -1,6 +1,6 @@
 """PCA of 200,000 x 1,024 float32 embeddings to 64 dimensions: utilities.fit_pca against scikit-learn.
 
-    python benchmarks/bench_pca.py [rows] [threads]
+    python benchmarks/pca.py [rows] [threads]
 
 The spectrum decays (standard deviation of direction j: j ** -0.7) in a random rotation, around a mean as long
 as the spread, as CLIP embeddings have. Runs are interleaved; the table gives medians. Checked: the directions

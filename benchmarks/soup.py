@@ -1,7 +1,7 @@
 """Soup of 5 checkpoints of ViT-L size: average_states against torch.load of all, torch.stack, mean.
 
-    python benchmarks/bench_soup.py               # 6 GB of temporary files, about 8 GB of memory
-    python benchmarks/bench_soup.py --scale 0.1   # a tenth of the blocks
+    python benchmarks/soup.py               # 6 GB of temporary files, about 8 GB of memory
+    python benchmarks/soup.py --scale 0.1   # a tenth of the blocks
 
 Prints one table. Each measurement is a process of its own, the three kinds in turn, the files in the page cache.
 Memory is the peak of RssAnon while it works, libraries included: mapped files do not count, the system can drop

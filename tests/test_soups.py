@@ -245,7 +245,7 @@ def test_a_file_without_named_weights_is_refused(tmp_path, content):
 
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     for path in (tmp_path / 'none.pt', tmp_path):
-        with pytest.raises(FileNotFoundError, match=f'no checkpoint {path}:'):
+        with pytest.raises(FileNotFoundError, match=f'no checkpoint {path}'):
             utilities.open_checkpoint(path)
 
 

@@ -1,0 +1,77 @@
+"""The embedded data: honest splits, repeatable photographs, shippable weights, a vocabulary worth the name."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import demo
+import utilities
+
+
+def test_every_object_stands_in_one_split_and_is_drawn_differently():
+    objects = demo.objects()
+    assert objects['codepoint'].is_unique and objects['name'].is_unique
+    assert set(objects['split']) == {'pretraining', 'training', 'selection', 'unseen', 'distractor'}
+    drawn = {demo.drawing(codepoint, 32).tobytes() for codepoint in objects['codepoint'].sample(200, random_state=0)}
+    assert len(drawn) == 200
+
+
+def test_a_photograph_depends_on_its_seed_alone():
+    first, again, other = (demo.photograph('1F355', np.random.default_rng(seed), 48) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert first.shape == (48, 48, 3) and first.dtype == np.uint8
+
+
+def test_the_world_leaks_no_object_between_what_is_trained_chosen_and_reported(tmp_path):
+    world = Path(demo.sources()['train']).parent
+    labels = {name: set(pd.read_csv(world / f'{name}.csv')['label'])
+              for name in ('train', 'selection_query', 'selection_index', 'query', 'index')}
+    assert labels['selection_query'] <= labels['selection_index'] and labels['query'] < labels['index']
+    pretrained = set(demo.objects().query("split == 'pretraining'")['name'])
+    apart = [labels['train'], labels['selection_index'], labels['index'], pretrained]
+    assert all(not (one & other) for i, one in enumerate(apart) for other in apart[:i])
+    searched = pd.read_csv(world / 'index.csv')['label'].value_counts()
+    assert searched[list(labels['query'])].min() < 5 <= searched[list(labels['query'])].max()  # k_q matters
+
+
+def test_the_miniature_is_small_and_reads_its_own_names(capsys):
+    assert Path('media/miniature/open_clip_model.safetensors').stat().st_size < 12e6
+    names = demo.objects().query("split == 'pretraining'")['name'].tolist()
+    vectors = utilities.load_text_tower('local-dir:media/miniature')(names)
+    assert vectors.dtype == np.float32 and 'unknown' not in capsys.readouterr().out
+    assert len(np.unique(vectors.round(4), axis=0)) > .95 * len(names)
+
+
+def test_the_vocabulary_has_the_tasks_eleven_kinds_and_no_name_twice(capsys):
+    kinds = json.loads(Path('media/vocabulary.json').read_text())
+    assert len(kinds) == 11 and min(map(len, kinds.values())) >= 300
+    assert len(utilities.read_vocabulary('media/vocabulary.json')) == sum(map(len, kinds.values()))
+    assert 'dropped' not in capsys.readouterr().out
+
+
+def test_blank_and_repeated_names_are_dropped_aloud(capsys):
+    frame = utilities.read_vocabulary({'dishes': ['Pizza', ' ', 'pizza '], 'toys': ['kite']})
+    assert frame['name'].tolist() == ['Pizza', 'kite'] and 'dropped 1 blank names and 1' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content', ['[1, 2]', '{"a": 1}', 'no json'])
+def test_another_file_is_no_vocabulary(content, tmp_path):
+    (tmp_path / 'v.json').write_text(content)
+    with pytest.raises(ValueError, match='is not a vocabulary'):
+        utilities.read_vocabulary(tmp_path / 'v.json')
+
+
+def test_media_stays_below_its_limit():
+    assert sum(path.stat().st_size for path in Path('media').rglob('*') if path.is_file()) < 25e6
+
+
+def test_the_training_notebook_runs_on_real_photographs(photos_folder, tmp_path):
+    import papermill
+    files = {name.upper(): str(photos_folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    changes = demo.settings({'image_size': 64}) | {'max_images': 5, 'bands': [[6, 1e-4]]}
+    papermill.execute_notebook('train_vit_h_224.ipynb', tmp_path / 'n.ipynb', {
+        **files, 'DEMO': False, 'OUT_DIR': str(tmp_path), 'OVERRIDES': changes}, kernel_name='python3', progress_bar=False)
+    scores = pd.read_csv(tmp_path / 'vit_h_224_none/scores.csv')
+    assert set(scores['stage']) == {'untrained', 'ingredient'} and scores['mp5'].between(.05, 1).all()
