@@ -10,7 +10,9 @@ An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the
 "photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
 """
 import argparse
+import base64
 import hashlib
+import io
 import json
 import re
 import sys
@@ -331,34 +333,42 @@ def draw_pipeline(path=MEDIA / 'pipeline.png'):
     plt.close(figure)
 
 
+def code_cells(notebook):
+    """A notebook's code cells, without the one that papermill puts in."""
+    return [cell for cell in notebook['cells'] if cell['cell_type'] == 'code'
+            and 'injected-parameters' not in cell['metadata'].get('tags', [])]
+
+
 def source_digest(path):
-    """12 hex digits of a module's text, or of a notebook's cells without their outputs."""
+    """12 hex digits of a module's text, or of a notebook's code."""
     text = Path(path).read_text()
     if str(path).endswith('.ipynb'):
-        text = json.dumps([cell['source'] for cell in json.loads(text)['cells']])
+        text = json.dumps([''.join(cell['source']) for cell in code_cells(json.loads(text))])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def publish():
-    """Copies the executed notebooks over the sources, without injected parameters, progress bars at their last line."""
+    """Puts the outputs of the executed copies into the notebooks here, progress bars at their last line."""
     executed = {'train_vit_h_224': RUNS / 'vit_h_224_none', 'train_vit_l_336': RUNS / 'vit_l_336_none', 'soup': RUNS,
                 'zero_shot_pca': RUNS / 'zero_shot'}
     for name, folder in executed.items():
-        notebook = json.loads((folder / f'{name}.ipynb').read_text())
-        cells = [cell for cell in notebook['cells'] if 'injected-parameters' not in cell['metadata'].get('tags', [])]
-        for cell in cells:
-            cell['metadata'] = {'tags': tags} if (tags := cell['metadata'].get('tags')) else {}
-            if cell['cell_type'] == 'code':
-                cell['outputs'] = tidy(cell['outputs'])
-        source = json.loads(Path(f'{name}.ipynb').read_text())
-        if [cell['source'] for cell in cells] != [cell['source'] for cell in source['cells']]:
-            raise SystemExit(f'{name}.ipynb was changed after it was executed: run `make notebooks`.')
-        metadata = {key: source['metadata'][key] for key in ('kernelspec', 'language_info')}
-        metadata['outputs_of'] = {'notebook': source_digest(f'{name}.ipynb'),
-                                  'utilities.py': source_digest('utilities.py')}
-        notebook = source | {'cells': cells, 'metadata': metadata}
-        Path(f'{name}.ipynb').write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
-        print(f'{name}.ipynb: {Path(f"{name}.ipynb").stat().st_size / 1e3:.0f} kB')
+        path, copy = Path(f'{name}.ipynb'), folder / f'{name}.ipynb'
+        if source_digest(path) != source_digest(copy):
+            raise SystemExit(f'{path} was changed after it was executed: run `make notebooks`.')
+        notebook = json.loads(path.read_text())
+        for cell, made in zip(code_cells(notebook), code_cells(json.loads(copy.read_text()))):
+            cell['outputs'], cell['execution_count'] = tidy(made['outputs']), made['execution_count']
+        notebook['metadata']['outputs_of'] = {file: source_digest(file) for file in (path.name, 'utilities.py')}
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
+        print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
+
+
+def with_palette(png):
+    """A base64 PNG with at most 256 colours: a third of the bytes, and nobody sees it."""
+    small = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
+    picture.quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
 
 
 def tidy(outputs):
@@ -373,6 +383,8 @@ def tidy(outputs):
         if output['output_type'] == 'stream':
             lines = [line.split('\r')[-1].rstrip() for line in ''.join(output['text']).split('\n')]
             output['text'] = '\n'.join(lines).strip('\n') + '\n'
+        elif 'image/png' in output.get('data', {}):
+            output['data']['image/png'] = with_palette(output['data']['image/png'])
     return [output for output in kept if output['output_type'] != 'stream' or output['text'].strip()]
 
 

@@ -2226,7 +2226,8 @@ class Submission(nn.Module):
     members: Embedders, each fed at its own spec.image_size; their unit vectors are concatenated. projection:
     nn.Linear to at most 64 columns, or None. Test-time options: pad puts a border of the tower's mean colour
     around the photograph instead of squashing it to a square; flip averages over it and its mirror image,
-    sizes over several multiples of the input size, e.g. (1, 1.25), with position embeddings resized.
+    sizes over several multiples of the input size, e.g. (1, 1.25), with position embeddings resized. Measured: with
+    pad, 1.11's vectors of photographs 1 to 3 pixels wide are off by up to .06; of all others by 1e-5 at most.
     """
 
     def __init__(self, members, projection=None, *, flip=False, pad=False, sizes=(1,)):

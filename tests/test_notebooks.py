@@ -44,7 +44,7 @@ def test_a_notebook_has_outputs_without_errors_or_warnings(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_outputs_belong_to_the_source(name):
     made_from = nbformat.read(f'{name}.ipynb', 4).metadata.get('outputs_of', {})
-    assert made_from.get('notebook') == demo.source_digest(f'{name}.ipynb'), \
+    assert made_from.get(f'{name}.ipynb') == demo.source_digest(f'{name}.ipynb'), \
         f'{name}.ipynb was changed after its outputs were made: run `make notebooks`.'
     if made_from.get('utilities.py') != demo.source_digest('utilities.py'):
         warnings.warn(f'The outputs of {name}.ipynb are older than utilities.py: run `make notebooks`.', stacklevel=1)
