@@ -2055,26 +2055,27 @@ def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
             for name in names}
 
 
-def to_dim(vectors, dim=64, projection=None):
+def to_dim(vectors, dim=64, projection=None, split=''):
     """(query, index) of embed_all's vectors, L2-normalised at `dim` columns.
 
     projection: any map (n, d) -> (n, dim); None: a PCA fitted on vectors['pca'], the training photographs.
+    split: as in score_table.
     """
     projection = projection or fit_pca(vectors['pca'], dim)
-    return tuple(l2_normalise(projection(vectors[part])) for part in ('query', 'index'))
+    return tuple(l2_normalise(projection(vectors[split + part])) for part in ('query', 'index'))
 
 
-def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=None, seconds=math.nan):
+def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=None, seconds=math.nan, split=''):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, seconds, a row for each entry of dims.
 
     vectors: dict of embed_all. dims: None is the full width; a number goes through to_dim. projection: a function
-    dim -> projection, for another one than to_dim's.
+    dim -> projection, for another one than to_dim's. split: 'selection_' scores the objects for choices instead.
     """
     rows = []
     for dim in dims:
-        query, index = (vectors['query'], vectors['index']) if dim is None else \
-            to_dim(vectors, dim, projection and projection(dim))
-        score = mean_precision_at_5(query, frames['query']['label'], index, frames['index']['label'])
+        query, index = (vectors[f'{split}query'], vectors[f'{split}index']) if dim is None else \
+            to_dim(vectors, dim, projection and projection(dim), split)
+        score = mean_precision_at_5(query, frames[f'{split}query']['label'], index, frames[f'{split}index']['label'])
         rows.append({'stage': stage, 'model': name, 'dim': query.shape[1], 'mp5': score, 'seconds': seconds})
     return pd.DataFrame(rows)
 
