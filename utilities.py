@@ -2535,5 +2535,6 @@ def plot_wise(curves):
         for row in curve.itertuples():
             axis.annotate(f'{row.alpha:g}', (row.seen, row[-1]), textcoords='offset points', xytext=(6, -10), fontsize=8)
         axis.set(xlabel='mP@5 on trained classes', ylabel='mP@5 on never-seen objects', title=tower)
+        axis.margins(.12)  # room for the alphas beside the points
         axis.legend(frameon=False)
     figure.tight_layout()
