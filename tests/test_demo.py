@@ -19,9 +19,17 @@ def test_every_object_stands_in_one_split_and_is_drawn_differently():
 
 
 def test_a_photograph_depends_on_its_seed_alone():
-    first, again, other = (demo.photograph('1F355', np.random.default_rng(seed), 48) for seed in (1, 1, 2))
+    first, again, other = (demo.photograph('1F355', np.random.default_rng(seed), 48, .8) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert first.shape == (48, 48, 3) and first.dtype == np.uint8
+
+
+def test_photographs_of_one_object_differ_the_more_the_wilder_they_are():
+    def spread(wildness):
+        views = [demo.photograph('1F534', np.random.default_rng(seed), 48, wildness)[18:30, 18:30] for seed in range(30)]
+        return np.std(views, 0).mean()  # the middle of a red disc
+
+    assert spread(0) < 1 < 1.5 * spread(.4) < spread(.8)
 
 
 def test_the_world_leaks_no_object_between_what_is_trained_chosen_and_reported(tmp_path):
