@@ -356,7 +356,7 @@ def source_digest(path):
 
 def publish():
     """Puts the outputs of the executed copies into the notebooks here, progress bars at their last line."""
-    executed = {'train_vit_h_224': RUNS / 'vit_h_224_none', 'train_vit_l_336': RUNS / 'vit_l_336_none', 'soup': RUNS,
+    executed = {'train_vit_h_224': RUNS / 'vit_h_224_flip', 'train_vit_l_336': RUNS / 'vit_l_336_flip', 'soup': RUNS,
                 'zero_shot_pca': RUNS / 'zero_shot'}
     for name, folder in executed.items():
         path, copy = Path(f'{name}.ipynb'), folder / f'{name}.ipynb'

@@ -272,7 +272,7 @@ def test_a_half_precision_file_traced_in_fp32_computes_in_fp16_where_its_input_i
 # ── The host's own PyTorch ──────────────────────────────────────────────────────────────────────────────
 
 def odd_photographs():
-    sizes = [*SIZES, (2, 2), (1, 2), (3, 2000), (2000, 3), (1200, 1600)]
+    sizes = [*SIZES, (2, 2), (1, 2), (3, 2000), (2000, 3), (1200, 1600), (4000, 6000)]
     rng = np.random.default_rng(0)
     sizes += [tuple(map(int, rng.integers(1, 400, 2))) for _ in range(50 - len(sizes))]
     return [photograph(size, seed) for seed, size in enumerate(sizes)]

@@ -14,6 +14,7 @@ import torch
 
 import demo
 import utilities
+from tests.test_export import needs_torch111, odd_photographs, replay
 
 NAMES = ['train_vit_h_224', 'train_vit_l_336', 'soup', 'zero_shot_pca']
 
@@ -146,6 +147,18 @@ def test_the_exported_ensemble_gives_the_eager_models_vectors_and_the_notebooks_
     scores = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+)', text(made['soup']))
     file, notebook = map(float, scores.groups())
     assert file == pytest.approx(notebook, abs=.02)
+
+
+@needs_torch111
+def test_pytorch_1_11_gives_the_demos_submission_the_same_vectors_on_50_odd_photographs(runs, tmp_path):
+    _, folder = runs
+    images = odd_photographs()
+    with zipfile.ZipFile(folder / 'ensemble/submission.zip') as archive:
+        loaded = torch.jit.load(archive.extract('saved_model.pt', tmp_path))
+    with torch.no_grad():
+        expected = torch.cat([loaded(image) for image in images])
+    found = replay(folder / 'ensemble/submission.zip', images, tmp_path)
+    assert found.shape == (50, 64) and (found - expected).abs().max() <= 1e-5
 
 
 def test_soup_without_ingredients_says_what_to_run_first(tmp_path):
