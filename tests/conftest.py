@@ -24,7 +24,7 @@ def tiny_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('world')
     rows = []
     for row in demo.objects().query("split == 'training'").head(12).itertuples(name=None):
-        rows += [(name, row[2]) for name in demo.write_object(row, folder, 6, 64, 5)]
+        rows += [(name, row[2]) for name in demo.write_object(row, folder, 6, 64, .8, 5)]
     pd.DataFrame(rows, columns=['path', 'label']).to_csv(folder / 'train.csv', index=False)
     return folder
 
