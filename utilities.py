@@ -1824,21 +1824,31 @@ def load_run(path, tower=None):
     tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own
     making); only its architecture and spec are used, on a copy.
     """
-    state = checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if tower is None and 'spec' not in checkpoint.metadata:
         raise ValueError(f'{path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+    try:
+        model = _unloaded(checkpoint, tower)
+    except Exception as error:  # strangers' metadata may hold anything
+        raise ValueError(f'{path} cannot be built from what it says of itself (metadata spec and config, the shapes of head '
+                         f'and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this run again, or '
+                         f'pass tower=load_image_tower(…).') from error
+    load_strictly(model, checkpoint, path)
+    return model.eval()
+
+
+def _unloaded(checkpoint, tower):
+    """An Embedder that a checkpoint's tensors fit in, with weights of its own."""
     tower = copy.deepcopy(tower) if tower is not None else build_tower(spec_of(checkpoint.metadata))
     head = projection = None
-    if 'head.embedding.weight' in state:
-        dim, width = state['head.embedding.weight'].shape
-        config = json.loads(checkpoint.metadata.get('config', '{}'))
-        subcenters = config.get('subcenters', 3)
-        head = SubcenterHead(width, len(state['head.centers']) // subcenters, dim=dim, subcenters=subcenters)
-    if 'projection.weight' in state:
-        projection = nn.Linear(*reversed(state['projection.weight'].shape))
-    model = Embedder(tower, head, projection)
-    load_strictly(model, state, path)
-    return model.eval()
+    if 'head.embedding.weight' in checkpoint:
+        dim, width = checkpoint['head.embedding.weight'].shape
+        subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
+        head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters)
+    if 'projection.weight' in checkpoint:
+        dim, width = checkpoint['projection.weight'].shape
+        projection = nn.Linear(width, dim)
+    return Embedder(tower, head, projection)
 
 
 def spec_of(metadata):

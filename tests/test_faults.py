@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,7 @@ def one_sentence(error):
 
 # Killed at any moment
 
-def _die_at(write_step, log):
+def _die_at(write_step):
     """Kills this process before its n-th write of a file or change of a folder, and within each writer of tensors."""
     count = iter(range(1, 10**6))
 
@@ -81,14 +82,15 @@ def _die_at(write_step, log):
 
 def _kill_at_every_write(train, folder):
     torch.set_num_threads(1)  # forks are safe then
+    model = new_model()  # each child has its own copy
     for write_step in range(1, 1000):
         run = folder / f'{write_step}'
-        shutil.copytree(folder / 'begun', run)
+        shutil.copytree(folder / 'begun', run, copy_function=os.link)
         child = os.fork()
         if not child:
             sys.stdout = open(os.devnull, 'w')
-            _die_at(write_step, folder)
-            utilities.fit(SAVING, new_model(), train, run)
+            _die_at(write_step)
+            utilities.fit(SAVING, model, train, run)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         left = [state.name for state in utilities.saved_states(run / 'state')]
@@ -98,7 +100,7 @@ def _kill_at_every_write(train, folder):
         child = os.fork()
         if not child:
             sys.stdout = open(run / 'said', 'w')
-            utilities.fit(SAVING, new_model(), train, run)
+            utilities.fit(SAVING, model, train, run)
             sys.stdout.flush()
             os._exit(0)
         _, resumed = os.waitpid(child, 0)
@@ -125,39 +127,40 @@ def test_a_kill_between_any_two_write_steps_leaves_a_state_that_ends_in_the_same
         assert survivors >= 1, f'write step {write_step}: {left} states, none whole'
 
 
-def _fit_by_two(config, train, run, port):
-    os.setsid()
-    torch.set_num_threads(1)
-    notebook_launcher(_fit_alone, (config, train, run), num_processes=2, use_port=port)
-
-
 def _fit_alone(config, train, run):
     utilities.fit(config, new_model(config), train, run)
 
 
-def two_processes(config, train, run):
+def _fit_by_two(config, train, run):
+    """Two processes, in a process group of their own; returns the process that launched them."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    child = SPAWN.Process(target=_fit_by_two, args=(config, train, run, port))
-    child.start()
-    return child
+    if child := os.fork():
+        return child
+    os.setsid()
+    notebook_launcher(_fit_alone, (config, train, run), num_processes=2, use_port=port)
+    os._exit(0)
+
+
+def _kill_two(config, train, folder):
+    torch.set_num_threads(1)
+    assert os.waitpid(_fit_by_two(config, train, folder / 'whole'), 0)[1] == 0
+    child = _fit_by_two(config, train, folder / 'killed')
+    while not utilities.saved_states(folder / 'killed/state'):
+        time.sleep(.005)
+    os.killpg(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and not (folder / 'killed/model.safetensors').exists()
+    shutil.copytree(folder / 'killed', folder / 'alone')
+    assert os.waitpid(_fit_by_two(config, train, folder / 'killed'), 0)[1] == 0
 
 
 def test_two_processes_killed_go_on_bit_for_bit_and_one_goes_on_for_them_saying_what_differs(train, tmp_path, capsys):
     config = SAVING.override(epochs=2, augmentation='cutout')
-    whole = two_processes(config, train, tmp_path / 'whole')
-    whole.join()
-    assert whole.exitcode == 0
-    killed = two_processes(config, train, tmp_path / 'killed')
-    wait_for(lambda: len(utilities.saved_states(tmp_path / 'killed/state')) > 0, killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.join()
-    assert not (tmp_path / 'killed/model.safetensors').exists()
-    shutil.copytree(tmp_path / 'killed', tmp_path / 'alone')
-    again = two_processes(config, train, tmp_path / 'killed')
-    again.join()
-    assert again.exitcode == 0 and same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    child = SPAWN.Process(target=_kill_two, args=(config, train, tmp_path))
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
     utilities.fit(config, new_model(), train, tmp_path / 'alone')
     said = capsys.readouterr().out
     assert 'saved by 2 processes and 1 go on: order and augmentation of the photographs stay the same; dropout' in said
@@ -380,28 +383,20 @@ def test_a_killed_worker_is_one_sentence_and_the_run_goes_on_from_its_last_state
     config = SAVING.override(workers=1, augmentation='cutout')
     utilities.fit(config, new_model(), train, tmp_path / 'whole')
 
-    def kill_a_worker(step):
+    def children():
+        return {int(child) for child in Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()}
+
+    before = children()
+
+    def kill_the_worker(step):
         if step == 3:
-            children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()
-            worker, = {int(child) for child in children} - before
+            worker, = children() - before
             os.kill(worker, signal.SIGKILL)
+            signal.sigtimedwait([], 10)  # until the loader is told
 
-    before = {int(child) for child in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()}
-    monkey = pytest.MonkeyPatch()
-    frames = utilities.grouped
-    monkey.setattr(utilities, 'grouped', lambda batches, size: slow(frames(batches, size)))
-
-    def slow(groups):
-        for number, group in enumerate(groups, start=1):
-            yield group
-            if number == 2:
-                kill_a_worker(3)
-                while True:  # the loader notices
-                    signal.sigtimedwait([], .1)
-
+    step_hook(kill_the_worker)
     with pytest.raises(utilities.Stopped, match='a data-loading process was killed.*workers lower.*its last state') as error:
         utilities.fit(config, new_model(), train, tmp_path / 'run')
-    monkey.undo()
     assert one_sentence(error)
     utilities.fit(config, new_model(), train, tmp_path / 'run')
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
@@ -412,7 +407,7 @@ def test_the_stop_button_saves_the_step_and_leaves_a_usable_kernel(train, tmp_pa
     utilities.fit(config, new_model(), train, tmp_path / 'whole')
     handler = signal.getsignal(signal.SIGINT)
     step_hook(lambda step: step == 2 and os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(utilities.Stopped, match='interrupted after 2 of 4 steps; everything is saved, run it again') as error:
+    with pytest.raises(utilities.Stopped, match='interrupted after 2 of 4 steps; everything is saved') as error:
         utilities.fit(config, new_model(), train, tmp_path / 'run')
     assert one_sentence(error) and signal.getsignal(signal.SIGINT) is handler
     utilities.fit(config, new_model(), train, tmp_path / 'run')
