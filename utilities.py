@@ -1187,8 +1187,11 @@ def write_unreadable(run_dir, found):
     file = run_dir / 'unreadable.txt'
     before = file.read_text().splitlines() if file.exists() else []
     paths = sorted({*before, *found})
-    if paths != before:
-        write_text(file, '\n'.join(paths) + '\n')
+    try:
+        if paths != before:
+            write_text(file, '\n'.join(paths) + '\n')
+    except OSError as error:  # they are kept in memory for the next time
+        print(f'{file} cannot be written ({error.strerror}): free some space.')
     return paths
 
 
@@ -1248,11 +1251,13 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config):
 
 
 class RunLog:
-    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped."""
+    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped.
+
+    Rows that a full disk refuses wait for the next step: a log is no reason to stop a run."""
 
     def __init__(self, run_dir, accelerator, progress, restored):
         self.path, self.progress, self.writes = run_dir / 'log.csv', progress, accelerator.is_main_process
-        self.last = time.time()
+        self.last, self.waiting = time.time(), ''
         if self.writes:
             there = restored and self.path.exists()
             kept = pd.read_csv(self.path).query(f'step <= {progress.step}').to_csv(index=False) if there else ''
@@ -1261,8 +1266,14 @@ class RunLog:
     def add(self, loss, lr, images):
         now = time.time()
         if self.writes:
-            with self.path.open('a') as file:
-                file.write(f'{self.progress.step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n')
+            self.waiting += f'{self.progress.step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n'
+            size = self.path.stat().st_size
+            try:
+                with self.path.open('a') as file:
+                    file.write(self.waiting)
+                self.waiting = ''
+            except OSError:
+                os.truncate(self.path, size)  # no half row
         self.last = now
 
 

@@ -52,6 +52,13 @@ def one_sentence(error):
 
 # Killed at any moment
 
+def small_model():
+    torch.manual_seed(0)
+    spec = utilities.TowerSpec('small', '', 32, (.5,) * 3, (.5,) * 3, '', 8, {})
+    tower = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 8))
+    return utilities.Embedder(tower, utilities.SubcenterHead(8, 12, dim=32), spec=spec)
+
+
 def _die_at(write_step):
     """Kills this process before its n-th write of a file or change of a folder, and within each writer of tensors."""
     count = iter(range(1, 10**6))
@@ -82,7 +89,7 @@ def _die_at(write_step):
 
 def _kill_at_every_write(train, folder):
     torch.set_num_threads(1)  # forks are safe then
-    model = new_model()  # each child has its own copy
+    model = small_model()  # each child has its own copy
     for write_step in range(1, 1000):
         run = folder / f'{write_step}'
         shutil.copytree(folder / 'begun', run, copy_function=os.link)
@@ -111,10 +118,10 @@ def _kill_at_every_write(train, folder):
 
 
 def test_a_kill_between_any_two_write_steps_leaves_a_state_that_ends_in_the_same_weights(train, tmp_path, step_hook):
-    utilities.fit(SAVING, new_model(), train, tmp_path / 'whole')
+    utilities.fit(SAVING, small_model(), train, tmp_path / 'whole')
     step_hook(lambda step: step == 3 and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(utilities.Stopped):
-        utilities.fit(SAVING, new_model(), train, tmp_path / 'begun')
+        utilities.fit(SAVING, small_model(), train, tmp_path / 'begun')
     child = SPAWN.Process(target=_kill_at_every_write, args=(train, tmp_path))
     child.start()
     child.join()
@@ -233,6 +240,17 @@ def test_a_full_disk_when_the_run_must_stop_is_an_error_and_the_older_state_goes
     assert [state.name for state in utilities.saved_states(tmp_path / 'run/state')] == ['step-00000002', 'step-00000001']
     utilities.fit(SAVING, new_model(), train, tmp_path / 'run')
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+def test_a_disk_too_full_for_the_log_does_not_stop_the_run_and_no_row_is_lost(
+        train, tmp_path, capsys, step_hook, small_files):
+    frame, paths = broken(train, tmp_path, range(0, 72, 2))
+    step_hook(lambda step: small_files({2: 60, 4: resource.RLIM_INFINITY}[step]) if step in (2, 4) else None)
+    utilities.fit(SAVING, new_model(), frame, tmp_path / 'run')
+    log = pd.read_csv(tmp_path / 'run/log.csv')
+    assert log['step'].tolist() == [1, 2, 3, 4] and log.notna().all(axis=None)
+    assert 'unreadable.txt cannot be written (File too large): free some space.' in capsys.readouterr().out
+    assert (tmp_path / 'run/unreadable.txt').read_text().splitlines() == paths
 
 
 def test_two_states_are_kept_where_a_third_fits_else_one_and_never_none(train, tmp_path, monkeypatch, step_hook):
