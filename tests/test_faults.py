@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import notebook_launcher
 from accelerate.utils import other as accelerate_files
+from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file
 from test_training import CONFIG, new_model, same, train_in_a_child, wait_for, weights
 
@@ -430,6 +431,27 @@ def test_the_stop_button_saves_the_step_and_leaves_a_usable_kernel(train, tmp_pa
     assert one_sentence(error) and signal.getsignal(signal.SIGINT) is handler
     utilities.fit(config, new_model(), train, tmp_path / 'run')
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+def test_a_notebook_that_is_interrupted_while_it_trains_keeps_its_state_and_its_kernel(train, tmp_path):
+    train.to_csv(tmp_path / 'train.csv', index=False)
+    code = ("import sys; sys.path.insert(0, 'tests')\nimport pandas as pd, utilities\nfrom test_faults import *\n"
+            f"frame = pd.read_csv('{tmp_path}/train.csv', dtype=str)\n"
+            f"utilities.fit(CONFIG.override(epochs=10_000), new_model(), frame, '{tmp_path}/run')")
+    manager, kernel = start_new_kernel(kernel_name='python3')
+    try:
+        request, log = kernel.execute(code), tmp_path / 'run/log.csv'
+        while not (log.exists() and log.read_text().count('\n') > 2):
+            assert not kernel.shell_channel.msg_ready(), kernel.get_shell_msg()['content']
+            time.sleep(.05)
+        manager.interrupt_kernel()
+        reply = kernel._recv_reply(request, timeout=60)['content']
+        assert reply['ename'] == 'Stopped' and 'everything is saved, run it again to go on.' in reply['evalue']
+        assert kernel.execute_interactive('assert len(frame) == 72', timeout=60)['content']['status'] == 'ok'
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert utilities._is_whole(utilities.saved_states(tmp_path / 'run/state')[0])
 
 
 def test_pressed_twice_the_stop_button_acts_at_once(train, tmp_path, step_hook):
