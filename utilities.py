@@ -15,15 +15,17 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from glob import escape as glob_escape
 from glob import glob
@@ -37,6 +39,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from matplotlib import pyplot as plt
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -88,30 +91,45 @@ class Config:
     save_minutes: float = 20                  # between resumable states
     max_hours: float | None = None            # stop cleanly, everything saved, before the session does
     max_unreadable: int = 100                 # photographs that may be broken before the run stops
+    max_skipped: int = 10                     # steps whose loss or gradient may be NaN or infinite before it stops
 
     LIMITS = {'image_size': (1, 4096), 'n_classes': (1, 10**8), 'min_images': (1, 10**6), 'max_images': (1, 10**9),
               'embedding_dim': (1, 65536), 'subcenters': (1, 100), 'scale': (1e-3, 1e4), 'margin_min': (0, math.pi),
               'margin_width': (0, math.pi), 'head_lr': (0, 1e3), 'head_decay': (0, 1e3), 'tower_decay': (0, 1e3),
               'batch_size': (1, 10**6), 'effective_batch': (1, 10**7), 'epochs': (0, 10**5),
               'warmup_steps': (0, 10**9), 'clip_norm': (1e-9, 1e9), 'validate_every': (1, 10**9), 'workers': (0, 512),
-              'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9)}
+              'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9),
+              'max_skipped': (0, 10**9), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
 
     def __post_init__(self):
-        object.__setattr__(self, 'bands', tuple((int(end), float(lr)) for end, lr in self.bands))
-        for name, (low, high) in self.LIMITS.items():
-            value = getattr(self, name)
-            if value is None and name in ('n_classes', 'validate_every', 'workers', 'max_hours'):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f'Config.{name} is {value!r}; it must be a number from {low} to {high}.')
-        ends = [end for end, _ in self.bands]
-        if not ends or ends != sorted(set(ends)) or min(lr for _, lr in self.bands) < 0:
+        for field in fields(self):
+            self._check(field.name, field.type, getattr(self, field.name))
+        try:
+            object.__setattr__(self, 'bands', tuple((int(end), float(lr)) for end, lr in self.bands))
+            ends, rates = zip(*self.bands)
+            rising = list(ends) == sorted(set(ends)) and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates)
+        except (TypeError, ValueError):
+            rising = False
+        if not rising:
             raise ValueError(f'Config.bands is {self.bands}; give (blocks below, lr) pairs with rising block numbers.')
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f'Config.augmentation is {self.augmentation!r}; choose {", ".join(AUGMENTATIONS)}.')
         if self.effective_batch % self.batch_size:
             raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
         if self.precision not in ('auto', 'no', 'fp16', 'bf16'):
             raise ValueError(f'Config.precision is {self.precision!r}; choose auto, no, fp16 or bf16.')
+
+    def _check(self, name, kind, value):
+        if name in self.LIMITS:
+            low, high = self.LIMITS[name]
+            whole = not isinstance(1., kind)  # a float may be given as an int, and never an int as a float
+            right = value is None and isinstance(None, kind) or not isinstance(value, bool) and isinstance(
+                value, int if whole else (int, float)) and low <= value <= high
+            if not right:
+                raise ValueError(f'Config.{name} is {value!r}; it must be a {"whole " * whole}number from {low} to {high}.')
+        elif kind in (str, bool) and not isinstance(value, kind) or name == 'model_name' and not value:
+            raise ValueError(f'Config.{name} is {value!r}; it must be {"True or False" if kind is bool else "a text"}.')
 
     def override(self, **choices):
         """The same with other values; None keeps the value that is there. An unknown name is an error."""
@@ -127,8 +145,10 @@ class Config:
     def load(cls, path):
         try:
             return cls().override(**json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{path} is not a configuration: {error}.') from None
+        except FileNotFoundError:
+            raise FileNotFoundError(f'There is no configuration {path}: check the path, or make this run first.') from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'{path} is not a configuration: {error}') from None
 
 
 def write_text(path, text):
@@ -990,12 +1010,8 @@ class Progress:
     epoch: int = 0
     used: int = 0     # photographs of this epoch that all processes together have used
     best: float = -1.0  # best selection mP@5 so far
-
-    def state_dict(self):
-        return asdict(self)
-
-    def load_state_dict(self, state):
-        self.__dict__.update(state)
+    skipped: int = 0    # steps left out because loss or gradient was not finite
+    processes: int = 1  # that shared the work
 
 
 def launch(function, *arguments):
@@ -1032,14 +1048,16 @@ def learning_rate_share(step, steps, warmup):
     return .5 + .5 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))
 
 
-def fit(config, model, train, run_dir, validate=None):
+def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',)):
     """Fine-tunes the Embedder on the labelled photographs by ArcFace and writes the run.
 
     config: Config. model: Embedder with a SubcenterHead of as many classes as `train` has labels; trained in place.
-    train: DataFrame path, label. run_dir: goes on by itself from the state found there. validate: model -> mP@5 on
-    selection data, called every config.validate_every steps; the best state is what the run keeps, the last one
-    without. Writes model.safetensors, config.json, log.csv, state/. Raises Stopped when config.max_hours is over,
-    ValueError for data and head that disagree, FloatingPointError for a loss that stays NaN.
+    train: DataFrame path, label. run_dir: goes on by itself from the state found there, or from the one that a run of
+    the same name and configuration left below a folder of `search`. validate: model -> mP@5 on selection data, called
+    every config.validate_every steps; the best state is what the run keeps, the last one without. Writes
+    model.safetensors, config.json, log.csv, state/, and where there is need unreadable.txt and not_finite.txt. Raises
+    Stopped when config.max_hours is over or it is interrupted, ValueError for data and head that disagree,
+    FloatingPointError for a loss that stays NaN, OSError for too many broken photographs or a disk that does not write.
     """
     run_dir, started = Path(run_dir), time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
@@ -1049,10 +1067,11 @@ def fit(config, model, train, run_dir, validate=None):
                               step_scheduler_with_optimizer=False)
     together = config.batch_size * accelerator.num_processes
     accumulate = max(1, config.effective_batch // together)
-    steps = config.epochs * (len(train) // (together * accumulate))
+    images = together * accumulate  # of one step
+    steps = config.epochs * (len(train) // images)
     if config.epochs and not steps:
-        raise ValueError(f'{len(train)} photographs do not fill one step of {together * accumulate}; lower '
-                         f'effective_batch or take more photographs.')
+        raise ValueError(f'{len(train)} photographs do not fill one step of {images}; lower effective_batch or take '
+                         f'more photographs.')
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
     if config.checkpoint_activations and accelerator.device.type == 'cuda':
         checkpoint_activations(model.tower)
@@ -1065,39 +1084,131 @@ def fit(config, model, train, run_dir, validate=None):
     wrapped, optimiser = accelerator.prepare(model.train(), optimiser)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
     progress = Progress()
-    accelerator.register_for_checkpointing(progress, schedule)
     main = accelerator.is_main_process
-    with run_lock(run_dir) if main else nullcontext():
-        log = RunLog(run_dir, accelerator, progress, restore_state(accelerator, run_dir / 'state', config))
+    with run_lock(run_dir) if main else nullcontext(), stop_signal() as interrupts, data_failures(run_dir, photos, main):
+        if main:
+            copy_attached_state(run_dir, config, search)
+        accelerator.wait_for_everyone()
+        restored = restore_state(accelerator, run_dir / 'state', config, progress, schedule)
+        log, saved_step = RunLog(run_dir, accelerator, progress, restored), progress.step
         if main:
             config.save(run_dir / 'config.json')
-        bar = progress_bar(total=steps, initial=progress.step, desc=run_dir.name, disable=not main)
         saved = time.time()
-        while progress.step < steps:
-            batches = loader(photos, config.batch_size, train=True, epoch=progress.epoch, start=progress.used,
-                             rank=accelerator.process_index, processes=accelerator.num_processes,
-                             workers=config.workers)
-            for batches_of_step in grouped(batches, accumulate):
-                loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step, margins, config)
-                if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflowed
-                    schedule.step()
-                progress.step += 1
-                progress.used += together * accumulate
-                log.add(loss, schedule.get_last_lr()[-1], together * accumulate)
-                bar.update()
-                bar.set_postfix(loss=f'{loss:.3f}')
-                if validate and config.validate_every and progress.step % config.validate_every == 0:
-                    keep_if_best(accelerator, model, validate, run_dir, progress, config)
-                late = config.max_hours is not None and time.time() - started > config.max_hours * 3600
-                if late or time.time() - saved > config.save_minutes * 60:
-                    keep_state(accelerator, run_dir / 'state', progress)
-                    saved = time.time()
-                if late:
-                    raise Stopped(f'{run_dir.name}: {config.max_hours} hours are over after {progress.step} of {steps} '
-                                  f'steps; run it again to go on.')
-            progress.epoch, progress.used = progress.epoch + 1, 0
-        bar.close()
-        finish(accelerator, model, validate, run_dir, progress, config, photos.unreadable)
+        with progress_bar(total=steps, initial=progress.step, desc=run_dir.name, disable=not main) as bar:
+            while progress.step < steps:
+                batches = loader(photos, config.batch_size, train=True, epoch=progress.epoch, start=progress.used,
+                                 rank=accelerator.process_index, processes=accelerator.num_processes,
+                                 workers=config.workers)
+                for batches_of_step in grouped(batches, accumulate):
+                    loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step, margins, config)
+                    if math.isnan(loss):
+                        note_skipped(accelerator, run_dir, batches_of_step, photos, progress, config)
+                    elif not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflowed
+                        schedule.step()
+                    progress.step, progress.used = progress.step + 1, progress.used + images
+                    if len(train) - progress.used < images:
+                        progress.epoch, progress.used = progress.epoch + 1, 0
+                    log.add(loss, schedule.get_last_lr()[-1], images)
+                    bar.update()
+                    bar.set_postfix(loss=f'{loss:.3f}')
+                    if validate and config.validate_every and progress.step % config.validate_every == 0:
+                        keep_if_best(accelerator, model, validate, run_dir, progress, config)
+                    late = config.max_hours is not None and time.time() - started > config.max_hours * 3600
+                    stop, due = agreed(accelerator, late or len(interrupts) > 0,
+                                       time.time() - saved > config.save_minutes * 60)
+                    if stop or due or not progress.used:
+                        list_unreadable(accelerator, run_dir, photos)
+                        if keep_state(accelerator, run_dir / 'state', progress, schedule, required=stop):
+                            saved_step = progress.step
+                        saved = time.time()
+                    if stop:
+                        reason = f'{config.max_hours} hours are over' if late else 'it was interrupted'
+                        raise Stopped(f'{run_dir.name}: {reason} after {progress.step} of {steps} steps; everything is '
+                                      f'saved, run it again to go on.')
+        finish(accelerator, model, validate, run_dir, progress, config, list_unreadable(accelerator, run_dir, photos))
+        if saved_step < progress.step:
+            keep_state(accelerator, run_dir / 'state', progress, schedule)
+
+
+def agreed(accelerator, *flags):
+    """The flags, each true if it is in any process: clocks differ, and all must save or stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flags
+    total = accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=accelerator.device), 'sum')
+    return tuple(value > 0 for value in total.tolist())
+
+
+@contextmanager
+def stop_signal():
+    """A list that Ctrl-C or a notebook's stop button fills, so that the step under way can end; the second time acts."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        pressed.append(time.time())
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def data_failures(run_dir, photos, main):
+    """What data loading raises, as one sentence; broken photographs are listed however the run ends.
+
+    A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise Stopped(f'{run_dir.name}: a data-loading process was killed, most likely for want of memory; set workers '
+                      f'lower (0 loads in the notebook itself) and run it again: it goes on from its last state.') from None
+    except OSError as error:  # a worker's comes with its traceback inside
+        if main:
+            write_unreadable(run_dir, photos.unreadable)
+        raise OSError(str(error).strip().splitlines()[-1].removeprefix('OSError: ')) from error
+
+
+def list_unreadable(accelerator, run_dir, photos):
+    """All photographs that no process could read so far, kept in unreadable.txt."""
+    found = gather_object(photos.unreadable)
+    return write_unreadable(run_dir, found) if accelerator.is_main_process else found
+
+
+def write_unreadable(run_dir, found):
+    """Adds paths to unreadable.txt, which holds those of the run's earlier sessions too; returns all of them."""
+    file = run_dir / 'unreadable.txt'
+    before = file.read_text().splitlines() if file.exists() else []
+    paths = sorted({*before, *found})
+    try:
+        if paths != before:
+            write_text(file, '\n'.join(paths) + '\n')
+    except OSError as error:  # they are kept in memory for the next time
+        print(f'{file} cannot be written ({error.strerror}): free some space.')
+    return paths
+
+
+def note_skipped(accelerator, run_dir, batches, photos, progress, config):
+    """Keeps the file names of a step that was left out, and stops the run after more than config.max_skipped of them."""
+    progress.skipped += 1
+    indices = accelerator.gather(torch.cat([batch['index'] for batch in batches]).to(accelerator.device)).tolist()
+    file = run_dir / 'not_finite.txt'
+    if accelerator.is_main_process:
+        with file.open('a') as lines:
+            lines.writelines(f'step {progress.step + 1}\t{photos.paths[index]}\n' for index in indices)
+    if progress.skipped > config.max_skipped:
+        raise FloatingPointError(
+            f'The loss or its gradient was not finite in {progress.skipped} steps (max_skipped is {config.max_skipped}): '
+            f'look at the photographs named in {file}, lower head_lr or the bands, or set precision="no"; the last saved '
+            f'state is untouched.')
+    accelerator.print(f'step {progress.step + 1}: loss or gradient not finite, left out; its photographs are in {file}')
 
 
 def checkpoint_activations(tower):
@@ -1117,7 +1228,8 @@ def grouped(batches, size):
 
 
 def optimiser_step(accelerator, model, optimiser, batches, margins, config):
-    """One optimiser step over several batches; returns their mean loss. NaN stops the run, naming what to do."""
+    """One optimiser step over several batches; returns their mean loss, NaN where it or the gradient was not finite: the
+    weights are then as they were."""
     total = 0.0
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
@@ -1128,30 +1240,40 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config):
             accelerator.backward(loss / len(batches))
         total += loss.detach() / len(batches)
     total = accelerator.reduce(total, 'mean').item()
-    if not math.isfinite(total):
-        raise FloatingPointError('The loss is not a number: lower head_lr or the bands, or set precision="no"; the '
-                                 'last saved state is untouched.')
-    accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-    optimiser.step()
+    finite = math.isfinite(total)
+    if finite:
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        finite = accelerator.scaler is not None or bool(torch.isfinite(norm))  # the scaler leaves such steps out itself
+    if finite:
+        optimiser.step()
     optimiser.zero_grad()
-    return total
+    return total if finite else math.nan
 
 
 class RunLog:
-    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped."""
+    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped.
+
+    Rows that a full disk refuses wait for the next step: a log is no reason to stop a run."""
 
     def __init__(self, run_dir, accelerator, progress, restored):
         self.path, self.progress, self.writes = run_dir / 'log.csv', progress, accelerator.is_main_process
-        self.last = time.time()
+        self.last, self.waiting = time.time(), ''
         if self.writes:
-            kept = pd.read_csv(self.path).query(f'step <= {progress.step}').to_csv(index=False) if restored else ''
+            there = restored and self.path.exists()
+            kept = pd.read_csv(self.path).query(f'step <= {progress.step}').to_csv(index=False) if there else ''
             write_text(self.path, kept or 'step,loss,lr,images/s\n')
 
     def add(self, loss, lr, images):
         now = time.time()
         if self.writes:
-            with self.path.open('a') as file:
-                file.write(f'{self.progress.step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n')
+            self.waiting += f'{self.progress.step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n'
+            size = self.path.stat().st_size
+            try:
+                with self.path.open('a') as file:
+                    file.write(self.waiting)
+                self.waiting = ''
+            except OSError:
+                os.truncate(self.path, size)  # no half row
         self.last = now
 
 
@@ -1159,8 +1281,12 @@ class RunLog:
 def run_lock(run_dir):
     """Refuses a second run in the same folder; the system frees the lock however the process ends."""
     import fcntl
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / '.lock').open('w') as file:
+    with ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run_dir / '.lock').open('w'))
+        except OSError as error:
+            raise OSError(f'{run_dir} cannot be written ({error.strerror}): choose another OUT_DIR.') from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -1169,43 +1295,143 @@ def run_lock(run_dir):
         yield
 
 
-def keep_state(accelerator, folder, progress, keep=2):
-    """Everything needed to go on, as folder/step-<n>: complete before older ones go. By accelerate."""
-    target = folder / f'step-{progress.step:08d}'
-    beside = folder / 'unfinished'
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(beside)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(beside, target)
-        for old in sorted(folder.glob('step-*'))[:-keep]:
-            shutil.rmtree(old)
+def keep_state(accelerator, folder, progress, schedule, required=False):
+    """Everything needed to go on, as folder/step-<n>; True if it could be written.
+
+    The new state is complete before an older one goes. A disk that refuses is said aloud, and the run goes on with the
+    older state in place: space may be there the next time. With `required` it is an OSError.
+    """
+    beside, main = folder / 'unfinished', accelerator.is_main_process
+    progress.processes = accelerator.num_processes
+    stages = ((main, partial(_make_room, beside)), (True, partial(accelerator.save_state, beside)),
+              (main, partial(_complete_state, beside, progress, schedule)))
+    for mine, act in stages:
+        problem = None
+        try:
+            if mine:
+                act()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+            problem = error
+        if agreed(accelerator, problem is not None)[0]:
+            if main:
+                shutil.rmtree(beside, ignore_errors=True)
+            said = (f'{folder}: the state after step {progress.step} could not be saved '
+                    f'({str(problem).splitlines()[0] if problem else "in another process"}); the one before is unchanged. '
+                    f'Free some space or choose another OUT_DIR.')
+            if required:
+                raise OSError(said) from problem
+            accelerator.print(said)
+            return False
+    return True
 
 
-def restore_state(accelerator, folder, config):
+def saved_states(folder):
+    """The states in a folder, newest first."""
+    return sorted(folder.glob('step-*'), reverse=True)
+
+
+def read_position(state):
+    """A state's position.json: progress, schedule, files. OSError when a file lacks or is shorter than it was."""
+    position = json.loads((state / 'position.json').read_text())
+    for name, size in position['files'].items():
+        if (state / name).stat().st_size != size:
+            raise OSError(f'{name} is truncated')
+    return position
+
+
+def _is_whole(state):
+    with suppress(OSError, ValueError, KeyError):
+        return bool(read_position(state))
+    return False
+
+
+def _make_room(beside):
+    """Removes what a killed save left and, where another state would not fit, all whole states but the newest."""
+    shutil.rmtree(beside, ignore_errors=True)
+    whole = [state for state in saved_states(beside.parent) if _is_whole(state)]
+    if whole and shutil.disk_usage(beside.parent).free < sum(read_position(whole[0])['files'].values()):
+        for old in saved_states(beside.parent):
+            if old != whole[0]:
+                shutil.rmtree(old)
+
+
+def _complete_state(beside, progress, schedule):
+    """Gives a written state its position and its name; then older ones go: two stay where a third fits, else one."""
+    sizes = {file.name: file.stat().st_size for file in sorted(beside.iterdir())}
+    position = {'progress': asdict(progress), 'schedule': schedule.state_dict(), 'files': sizes}
+    write_text(beside / 'position.json', json.dumps(position, indent=1))
+    target = beside.with_name(f'step-{progress.step:08d}')
+    while target.exists():  # damaged, or the run would not be here again; + sorts behind it
+        target = target.with_name(target.name + '+')
+    os.replace(beside, target)
+    fits = shutil.disk_usage(beside.parent).free >= sum(sizes.values())
+    for old in saved_states(beside.parent)[2 if fits else 1:]:
+        shutil.rmtree(old)
+
+
+def restore_state(accelerator, folder, config, progress, schedule):
     """Loads the newest state that loads; True if there was one. A state of another configuration is an error."""
-    saved = folder.parent / 'config.json'
-    states = sorted(folder.glob('step-*'), reverse=True)
+    saved, states = folder.parent / 'config.json', saved_states(folder)
     if states and saved.exists() and (difference := different_fields(Config.load(saved), config)):
         raise ValueError(f'{folder.parent} holds a run with another configuration ({", ".join(difference)}): give this '
                          f'run another name, or delete that folder.')
     for state in states:
+        problem = None
         try:
+            position = read_position(state)
             accelerator.load_state(state)
-            accelerator.print(f'{folder.parent.name}: going on from {state.name}')
+            schedule.load_state_dict(position['schedule'])
+        except Exception as error:  # a damaged file makes the readers raise almost anything
+            problem = error
+        if not agreed(accelerator, problem is not None)[0]:
+            progress.__dict__.update(position['progress'])
+            accelerator.print(f'{folder.parent.name}: going on from {state.name}, epoch {progress.epoch + 1}, '
+                              f'{progress.used} of its photographs used')
+            if progress.processes != accelerator.num_processes:
+                accelerator.print(f'The state was saved by {progress.processes} processes and {accelerator.num_processes} '
+                                  f'go on: order and augmentation of the photographs stay the same; dropout and the order '
+                                  f'in which gradients are summed do not, so weights will differ slightly.')
             return True
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-            accelerator.print(f'{state} cannot be read ({str(error).splitlines()[0]}); trying the one before.')
+        accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
+    if states:  # parts of them may be in the model already
+        raise ValueError(f'None of the states in {folder} can be read: delete this folder to start anew.')
     return False
+
+
+def copy_attached_state(run_dir, config, search):
+    """Copies the newest whole state of this run out of an earlier output, as Kaggle attaches it, where there is none.
+
+    Looked for as <up to four folders>/<name of the run>/state below each folder of `search`; the log, the weights kept so
+    far and the lists of photographs come along.
+    """
+    folder = run_dir / 'state'
+    if saved_states(folder):
+        return
+    places = (os.path.join(glob_escape(str(root)), *['*'] * depth, glob_escape(run_dir.name), 'state', 'step-*')
+              for root in search for depth in range(5))
+    states = sorted((Path(state) for place in places for state in glob(place)), key=lambda state: state.name, reverse=True)
+    for state in filter(_is_whole, states):
+        run = state.parent.parent
+        if difference := different_fields(Config.load(run / 'config.json'), config):
+            print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
+            continue
+        try:
+            for name in ('config.json', 'log.csv', 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):
+                if (run / name).exists():
+                    shutil.copyfile(run / name, run_dir / name)
+            shutil.rmtree(folder / 'unfinished', ignore_errors=True)
+            shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
+            os.replace(folder / 'unfinished', folder / state.name)
+        except OSError as error:
+            raise OSError(f'{state} could not be copied into {folder} ({error}): free some space or choose another '
+                          f'OUT_DIR.') from error
+        print(f'{run_dir.name}: {state} was copied here')
+        return
 
 
 def different_fields(first, second):
     """'field: a, now b' for what two configurations train differently."""
-    free = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'batch_size', 'precision'}
+    free = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision'}
     return [f'{name}: {value}, now {asdict(second)[name]}' for name, value in asdict(first).items()
             if name not in free and value != asdict(second)[name]]
 
@@ -1226,14 +1452,14 @@ def keep_if_best(accelerator, model, validate, run_dir, progress, config):
 
 
 def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
-    """The end of a run: its weights if none better are kept, what could not be read, and the last state."""
+    """The end of a run: its weights if none better are kept, their digest, and what could not be read."""
     if validate and config.validate_every:
         keep_if_best(accelerator, model, validate, run_dir, progress, config)
     elif accelerator.is_main_process:
         save_run(run_dir, model, config, step=progress.step)
-    keep_state(accelerator, run_dir / 'state', progress)
+    accelerator.print(f'{run_dir.name}: digest of the weights '
+                      f'{state_digest(open_checkpoint(run_dir)) if accelerator.is_main_process else ""}')
     if accelerator.is_main_process and unreadable:
-        write_text(run_dir / 'unreadable.txt', '\n'.join(unreadable) + '\n')
         print(f'{len(unreadable)} photographs could not be read and were replaced by others of their class: '
               f'{run_dir / "unreadable.txt"}, first {unreadable[0]}')
     model.eval()
@@ -1609,21 +1835,31 @@ def load_run(path, tower=None):
     tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own
     making); only its architecture and spec are used, on a copy.
     """
-    state = checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if tower is None and 'spec' not in checkpoint.metadata:
         raise ValueError(f'{path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+    try:
+        model = _unloaded(checkpoint, tower)
+    except Exception as error:  # strangers' metadata may hold anything
+        raise ValueError(f'{path} cannot be built from what it says of itself (metadata spec and config, the shapes of head '
+                         f'and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this run again, or '
+                         f'pass tower=load_image_tower(…).') from error
+    load_strictly(model, checkpoint, path)
+    return model.eval()
+
+
+def _unloaded(checkpoint, tower):
+    """An Embedder that a checkpoint's tensors fit in, with weights of its own."""
     tower = copy.deepcopy(tower) if tower is not None else build_tower(spec_of(checkpoint.metadata))
     head = projection = None
-    if 'head.embedding.weight' in state:
-        dim, width = state['head.embedding.weight'].shape
-        config = json.loads(checkpoint.metadata.get('config', '{}'))
-        subcenters = config.get('subcenters', 3)
-        head = SubcenterHead(width, len(state['head.centers']) // subcenters, dim=dim, subcenters=subcenters)
-    if 'projection.weight' in state:
-        projection = nn.Linear(*reversed(state['projection.weight'].shape))
-    model = Embedder(tower, head, projection)
-    load_strictly(model, state, path)
-    return model.eval()
+    if 'head.embedding.weight' in checkpoint:
+        dim, width = checkpoint['head.embedding.weight'].shape
+        subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
+        head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters)
+    if 'projection.weight' in checkpoint:
+        dim, width = checkpoint['projection.weight'].shape
+        projection = nn.Linear(width, dim)
+    return Embedder(tower, head, projection)
 
 
 def spec_of(metadata):

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 
@@ -65,16 +66,18 @@ def test_one_seed_gives_one_result_and_another_seed_another(train, tmp_path):
     assert not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
 
 
-def test_a_run_killed_at_any_step_goes_on_bit_for_bit(train, tmp_path):
+def test_a_run_killed_at_any_step_goes_on_bit_for_bit(train, tmp_path, capsys):
     config = CONFIG.override(save_minutes=0, augmentation='cutout')
     utilities.fit(config, new_model(), train, tmp_path / 'whole')
     child = train_in_a_child(config, train, tmp_path / 'killed')
-    wait_for(lambda: len(list((tmp_path / 'killed/state').glob('step-*'))) > 0, child)
+    step = random.randint(1, 8)  # another one every time
+    wait_for(lambda: any((tmp_path / 'killed/state').glob(f'step-{step:08d}')), child)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert not (tmp_path / 'killed/model.safetensors').exists()
     utilities.fit(config, new_model(), train, tmp_path / 'killed')
-    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    assert 'killed: going on from step-' in capsys.readouterr().out
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed')), f'killed after step {step}'
     assert pd.read_csv(tmp_path / 'killed/log.csv')['step'].tolist() == list(range(1, 13))
 
 
