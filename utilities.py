@@ -156,8 +156,12 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.part')
-    beside.write_text(text)
-    os.replace(beside, path)
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def progress_bar(iterable=None, desc=None, **options):
@@ -1412,7 +1416,11 @@ def copy_attached_state(run_dir, config, search):
     states = sorted((Path(state) for place in places for state in glob(place)), key=lambda state: state.name, reverse=True)
     for state in filter(_is_whole, states):
         run = state.parent.parent
-        if difference := different_fields(Config.load(run / 'config.json'), config):
+        try:
+            difference = different_fields(Config.load(run / 'config.json'), config)
+        except (OSError, ValueError) as error:
+            difference = [str(error)]
+        if difference:
             print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
             continue
         try:

@@ -252,6 +252,7 @@ def test_a_disk_too_full_for_the_log_does_not_stop_the_run_and_no_row_is_lost(
     assert log['step'].tolist() == [1, 2, 3, 4] and log.notna().all(axis=None)
     assert 'unreadable.txt cannot be written (File too large): free some space.' in capsys.readouterr().out
     assert (tmp_path / 'run/unreadable.txt').read_text().splitlines() == paths
+    assert not list((tmp_path / 'run').glob('*.part'))
 
 
 def test_two_states_are_kept_where_a_third_fits_else_one_and_never_none(train, tmp_path, monkeypatch, step_hook):
@@ -487,6 +488,9 @@ def test_an_attached_state_of_another_configuration_is_left_alone_and_said_so(tr
     utilities.fit(SAVING.override(seed=7), new_model(), train, tmp_path / 'run', search=[tmp_path / 'input'])
     said = capsys.readouterr().out
     assert 'has another configuration (seed: 5, now 7) and is left alone' in said and 'going on' not in said
+    (tmp_path / 'input/run/config.json').unlink()
+    utilities.fit(SAVING, new_model(), train, tmp_path / 'new/run', search=[tmp_path / 'input'])
+    assert 'no configuration' in capsys.readouterr().out and (tmp_path / 'new/run/model.safetensors').exists()
 
 
 def test_of_attached_states_the_newest_whole_one_is_taken(train, tmp_path, capsys):
