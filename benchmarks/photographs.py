@@ -20,8 +20,8 @@ INGREDIENTS = ('none', 'flip')
 TOWERS = {  # fields of Config, and the image size in each training notebook
     'miniature': ({'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': [[6, 1e-4]],
                    'head_lr': 3e-3, 'scale': 16.0, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2}, (64, 96)),
-    'efficientnet': ({'model_name': 'timm:tf_efficientnet_lite0', 'bands': [[7, 5e-5]], 'head_lr': 1e-3,
-                      'batch_size': 32, 'warmup_steps': 20, 'epochs': 2}, (160, 224)),
+    'efficientnet': ({'model_name': 'timm:tf_efficientnet_lite0', 'bands': [[7, 5e-5]], 'batch_size': 32,
+                      'warmup_steps': 20}, (160, 192)),
 }
 
 
