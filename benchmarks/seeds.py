@@ -1,6 +1,6 @@
 """The demo under several seeds: what differs by more than chance.
 
-    python benchmarks/seeds.py                     # three seeds, about 7 minutes each on 2 cores
+    python benchmarks/seeds.py                     # three seeds, about 8 minutes each on 2 cores
     python benchmarks/seeds.py --seeds 1 2 3 4 5 --out runs/seeds
 
 A seed decides the initial head, the data order and the augmentation; the photographs and the pretrained miniature stay.
