@@ -355,7 +355,9 @@ def test_when_no_photograph_can_be_read_the_run_stops_early_and_lists_them(train
         utilities.fit(SAVING.override(max_unreadable=9, workers=workers), new_model(), frame, tmp_path / 'run')
     assert '\n' not in str(error.value)
     assert set((tmp_path / 'run/unreadable.txt').read_text().splitlines()) <= set(paths)
-    assert len((tmp_path / 'run/unreadable.txt').read_text().splitlines()) == 10
+    listed = len((tmp_path / 'run/unreadable.txt').read_text().splitlines())
+    # A worker reads ahead while the main process counts, so that it may have listed a few more by then.
+    assert listed == 10 if workers == 0 else 10 <= listed < 72
     assert not (tmp_path / 'run/model.safetensors').exists()
 
 
