@@ -917,6 +917,15 @@ class Embedder(nn.Module):
             return self.head.cosine(self.head(features))
         return self.project(features.float())
 
+    def train(self, mode=True):
+        """As nn.Module's, but a tower's BatchNorm keeps the statistics it was pretrained with: those of a few photographs
+        at a time are noise, and ruin the tower."""
+        super().train(mode)
+        for module in self.tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def project(self, features):
         """What follows the tower: (n, width) -> (n, dim) of length 1."""
         vectors = F.normalize(self.head.embedding(features) if self.head is not None else features)

@@ -183,3 +183,13 @@ def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weig
 def test_the_learning_rate_warms_up_then_falls_to_zero():
     shares = [utilities.learning_rate_share(step, 100, 10) for step in range(101)]
     assert shares[0] > 0 and np.argmax(shares) == 10 and shares[10] == 1 and shares[100] == pytest.approx(0, abs=1e-9)
+
+
+def test_batch_norm_keeps_its_pretrained_statistics(train, tmp_path):
+    tower = utilities.load_image_tower('timm:test_efficientnet', 'random', 32)
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    model = utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, 12, dim=32))
+    utilities.fit(CONFIG.override(epochs=1), model, train, tmp_path / 'run')
+    changed = {name for name, tensor in tower.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any('weight' in name for name in changed)
+    assert not [name for name in changed if 'running' in name or 'num_batches' in name]
