@@ -10,17 +10,22 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +43,9 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather, gather_object, is_cuda_available
 from matplotlib import pyplot as plt
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -48,8 +54,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import PILToTensor, v2
 from tqdm import tqdm
@@ -82,7 +90,8 @@ class Config:
     warmup_steps: int = 1000                  # optimiser steps of linear warm-up, then cosine to 0
     clip_norm: float = 1.0                    # an early ArcFace gradient can be huge; the published code did not clip
     precision: str = 'auto'                   # 'bf16' or 'fp16' where the device has it, else 'no'
-    checkpoint_activations: bool = True       # a third more time for a fraction of the memory, GPU only
+    checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: on a GPU
+    shard: bool = False                       # parts of the tower on each GPU (FSDP), where a whole one does not fit
     seed: int = 5                             # data order, augmentation, dropout
     head_seed: int = 5                        # initial head apart: only ingredients that share it can be averaged
     pca_images: int = 20_000                  # training photographs that the projection to 64 is fitted on
@@ -128,8 +137,9 @@ class Config:
                 value, int if whole else (int, float)) and low <= value <= high
             if not right:
                 raise ValueError(f'Config.{name} is {value!r}; it must be a {"whole " * whole}number from {low} to {high}.')
-        elif kind in (str, bool) and not isinstance(value, kind) or name == 'model_name' and not value:
-            raise ValueError(f'Config.{name} is {value!r}; it must be {"True or False" if kind is bool else "a text"}.')
+        elif kind is not tuple and not isinstance(value, kind) or name == 'model_name' and not value:
+            right = 'True or False' if isinstance(True, kind) else 'a text'
+            raise ValueError(f'Config.{name} is {value!r}; it must be {right}.')
 
     def override(self, **choices):
         """The same with other values; None keeps the value that is there. An unknown name is an error."""
@@ -858,7 +868,26 @@ def load_text_tower(model_name, pretrained=''):
 
 
 def best_device():
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    """This process's GPU, or the CPU. RuntimeError for a GPU that this PyTorch was not built for."""
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_kernels(capability, built_for):
+        raise RuntimeError(f'PyTorch {torch.__version__} has no kernels for the {torch.cuda.get_device_name()} (sm_'
+                           f'{capability[0]}{capability[1]}; it is built for {", ".join(built_for)}): choose another '
+                           f'accelerator, on Kaggle "GPU T4 x2" instead of "GPU P100".')
+    return torch.device('cuda')
+
+
+def has_kernels(capability, built_for):
+    """Whether a PyTorch with these architectures ('sm_75', 'compute_90') runs on a GPU of this (major, minor): machine
+    code does within a major number, compute_ code on all that is newer."""
+    for name in built_for:
+        kind, digits = re.fullmatch(r'(\w+?)_(\d+)\w*', name).groups()
+        version = int(digits[:-1]), int(digits[-1])
+        if version <= capability and (kind == 'compute' or version[0] == capability[0]):
+            return True
+    return False
 
 
 class SubcenterHead(nn.Module):
@@ -1027,22 +1056,86 @@ class Progress:
     processes: int = 1  # that shared the work
 
 
-def launch(function, *arguments):
-    """Calls the function on every GPU (accelerate's notebook_launcher), or just calls it where there is one or none.
+def launch(function, *arguments, processes=None):
+    """Calls the function in one process a GPU (accelerate's notebook_launcher), or just calls it where there is one or none.
 
-    Results come back by files. Where CUDA is in use already, as after measuring a baseline, no process can be forked
-    any more: the function then runs on one GPU, and says so.
+    Results come back by files; an exception comes back as itself, and the stop button reaches every process. processes:
+    None is as many as there are GPUs. Where this process uses CUDA already none can be forked: one GPU then does the
+    work, and a warning says so. Within a launched process, as by `accelerate launch`, it is an ordinary call.
     """
-    from accelerate.utils import is_cuda_available
-    several = is_cuda_available() and torch.cuda.device_count() > 1
-    if several and not torch.cuda.is_initialized():
-        from accelerate import notebook_launcher
-        notebook_launcher(function, arguments, num_processes=torch.cuda.device_count())
-        return
-    if several:
-        print(f'CUDA is in use already: 1 of {torch.cuda.device_count()} GPUs trains. For all, start this cell in a new '
-              f'kernel without the baseline.')
-    function(*arguments)
+    count = processes or (torch.cuda.device_count() if is_cuda_available() else 1)
+    if count == 1 or int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        return function(*arguments)
+    if torch.cuda.is_initialized():
+        warnings.warn(f'CUDA is in use in this kernel: 1 of {count} GPUs works. For all of them restart the kernel and run '
+                      f'this cell before any that uses a GPU itself.', stacklevel=2)
+        return function(*arguments)
+    from accelerate import notebook_launcher
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        # A thread of its own: OpenMP's threads do not survive a fork, and this one has started none.
+        thread = threading.Thread(target=_quietly, args=(notebook_launcher, _reporting, (folder, function, *arguments)),
+                                  kwargs={'num_processes': count, 'use_port': port}, daemon=True)
+        with stop_signal() as pressed:
+            thread.start()
+            while thread.is_alive():
+                thread.join(.2)
+                for child in multiprocessing.active_children() if pressed else ():
+                    with suppress(ProcessLookupError):
+                        os.kill(child.pid, signal.SIGINT)
+                pressed.clear()
+        reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob('error*'))]
+        errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports]
+        whole = len(list(Path(folder).glob('done*'))) == count
+    if errors:
+        raise next((error for error in errors if isinstance(error, Stopped)), errors[0])
+    if not whole:
+        raise RuntimeError(f'One of {count} processes was killed, most likely for want of memory: lower workers or '
+                           f'batch_size and run this cell again; a run goes on from its last state.')
+
+
+def _quietly(launcher, *arguments, **options):
+    """Runs the launcher; what its processes raised is in their reports."""
+    logger = logging.getLogger('torch.distributed.elastic')
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        launcher(*arguments, **options)
+    except Exception as error:
+        logger.debug('%s', error)
+    finally:
+        logger.setLevel(level)
+
+
+REPORTED = {kind.__name__: kind for kind in (Stopped, ValueError, FileNotFoundError, OSError, MemoryError,
+                                             FloatingPointError, KeyboardInterrupt)}
+
+
+def _reporting(folder, function, *arguments):
+    """In a launched process: calls the function and leaves a file that says how it ended."""
+    rank = os.environ.get('RANK', '0')
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        function(*arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        name = type(error).__name__
+        words = [str(error)] if name in REPORTED else [f'{name}: {error}']
+        # The first to fail says why; the others fail because it is gone.
+        Path(folder, f'error{time.time_ns()}_{rank}').write_text(json.dumps([name, words]))
+        raise SystemExit(1) from None
+    Path(folder, f'done{rank}').touch()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def own_share():
+    """(rank, processes) of a launched process; (0, 1) of any other."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return 0, 1
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
 
 
 def mixed_precision(choice):
@@ -1076,8 +1169,10 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
         raise ValueError(f'The head must have {len(labels)} classes, as many as the photographs have labels.')
-    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.cuda.is_available(),
-                              step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(config.precision), cpu=best_device().type == 'cpu',
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])  # else gradients lie there twice
     together = config.batch_size * accelerator.num_processes
     accumulate = max(1, config.effective_batch // together)
     images = together * accumulate  # of one step
@@ -1086,19 +1181,14 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
         raise ValueError(f'{len(train)} photographs do not fill one step of {images}; lower effective_batch or take '
                          f'more photographs.')
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
-    if config.checkpoint_activations and accelerator.device.type == 'cuda':
-        checkpoint_activations(model.tower)
-    groups = [{name: group[name] for name in ('params', 'lr', 'weight_decay')} for group in param_groups(model, config)]
-    optimiser = torch.optim.AdamW(groups, fused=accelerator.device.type == 'cuda')
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, partial(learning_rate_share, steps=steps, warmup=min(config.warmup_steps, steps // 2)))
     photos = Photos(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
                     replace=True, max_unreadable=config.max_unreadable)
-    wrapped, optimiser = accelerator.prepare(model.train(), optimiser)
+    wrapped, optimiser, schedule = prepare_training(accelerator, model, config, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
     progress = Progress()
     main = accelerator.is_main_process
-    with run_lock(run_dir) if main else nullcontext(), stop_signal() as interrupts, data_failures(run_dir, photos, main):
+    with run_lock(run_dir) if main else nullcontext(), stop_signal() as interrupts, \
+            plain_failures(config, run_dir, photos, main):
         if main:
             copy_attached_state(run_dir, config, search)
         accelerator.wait_for_everyone()
@@ -1116,7 +1206,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                     loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step, margins, config)
                     if math.isnan(loss):
                         note_skipped(accelerator, run_dir, batches_of_step, photos, progress, config)
-                    elif not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips a step that overflowed
+                    elif not optimiser.step_was_skipped:  # fp16's scaler skips a step that overflowed
                         schedule.step()
                     progress.step, progress.used = progress.step + 1, progress.used + images
                     if len(train) - progress.used < images:
@@ -1143,6 +1233,199 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
             keep_state(accelerator, run_dir / 'state', progress, schedule)
 
 
+def prepare_training(accelerator, model, config, steps):
+    """(what is called, optimiser, schedule) for a model: a copy of it on each GPU, or with config.shard a part of it."""
+    if config.checkpoint_activations or (config.checkpoint_activations is None and accelerator.device.type == 'cuda'):
+        checkpoint_activations(model.tower)
+    if config.shard:
+        shard(model.to(accelerator.device))
+    groups = [{name: group[name] for name in ('params', 'lr', 'weight_decay')} for group in param_groups(model, config)]
+    optimiser = torch.optim.AdamW(groups, fused=accelerator.device.type == 'cuda')
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, partial(learning_rate_share, steps=steps, warmup=min(config.warmup_steps, steps // 2)))
+    model.train()
+    if not config.shard:
+        return *accelerator.prepare(model, optimiser), schedule
+    state = ShardedState(model, optimiser)
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: state.save(folder))
+    accelerator.register_load_state_pre_hook(lambda models, folder: state.load(folder))
+    return model, AcceleratedOptimizer(optimiser, device_placement=False, scaler=accelerator.scaler), schedule
+
+
+def shard(model):
+    """Spreads parameters, gradients and optimiser state over the processes (FSDP2, in place): a block is whole only
+    while it computes. Does nothing in a process that was launched alone."""
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import fully_shard
+    for name, module in model.tower.named_modules():
+        if BLOCK.fullmatch(f'{name}.'.rpartition('transformer.')[2]):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def is_sharded(model):
+    return any(hasattr(parameter, 'full_tensor') for parameter in model.parameters())
+
+
+class ShardedState:
+    """Weights and optimiser in torch's distributed checkpoints: each process writes its part, any number reads them."""
+
+    def __init__(self, model, optimiser):
+        self.model, self.optimiser = model, optimiser
+
+    def state_dict(self):
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+        weights, optimiser = get_state_dict(self.model, self.optimiser)
+        return {'model': weights, 'optimiser': optimiser}
+
+    def save(self, folder):
+        self._do('save', folder)
+
+    def load(self, folder):
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        state = self._do('load', folder)
+        set_state_dict(self.model, self.optimiser, model_state_dict=state['model'], optim_state_dict=state['optimiser'])
+
+    def _do(self, what, folder):
+        from torch.distributed import checkpoint
+        state = self.state_dict()
+        try:
+            getattr(checkpoint, what)(state, checkpoint_id=str(folder))
+        except checkpoint.CheckpointException as error:  # no Exception in torch
+            raise OSError(str(error).strip().splitlines()[-1]) from error
+        return state
+
+
+RESERVE = 2**30  # bytes of a GPU that no tensor gets: CUDA itself, cuBLAS' workspace, gaps between blocks
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors alive under this mode, fake ones included: `now`, and `most` at any moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive = set()
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now, self.most = self.now + storage.nbytes(), max(self.most, self.now + storage.nbytes())
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, made)
+        return made
+
+
+def memory_plan(model, config, *, processes=1, half=None):
+    """Bytes that one training process needs at most: dict parameters, gradients, optimiser, activations.
+
+    The model runs through one step on fake tensors, which have shapes and no memory, with gradients and optimiser state
+    of an earlier step in place. half: dtype of the activations on the device, None for float32. Attention counts as the
+    fused one. A sharded model's parts are divided by the number of processes, but for what is gathered at a time.
+    """
+    first = next(model.parameters())
+    mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(model)
+    if config.checkpoint_activations is not False:
+        checkpoint_activations(model.tower)
+    n_classes, device = len(model.head.centers) // model.head.subcenters, first.device
+    static = {'parameters': list(model.parameters()) + list(model.buffers())}
+    with mode, torch.device(device):
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        static['gradients'] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        optimiser = torch.optim.AdamW(param_groups(model, config))
+        optimiser.step()
+        static['optimiser'] = [value for state in optimiser.state.values() for value in state.values()]
+        sizes = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors) for name, tensors in static.items()}
+        with PeakMemory() as peak:
+            for tensor in itertools.chain(*static.values()):
+                peak.count(tensor)
+            images = torch.zeros(config.batch_size, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
+            with torch.autocast(device.type, dtype=half, enabled=half is not None):
+                cosine = model.train()(images, classify=True)
+            targets = torch.zeros(config.batch_size, dtype=torch.long)
+            arcface_loss(cosine, targets, torch.full((n_classes,), .3), config.scale).backward()
+            del cosine
+            optimiser.step()
+    sizes['activations'] = peak.most - sum(sizes.values())
+    if config.shard and processes > 1:
+        blocks = Counter()
+        for name, parameter in model.named_parameters():
+            blocks[found[0] if (found := BLOCK.search(name)) else ''] += parameter.numel() * parameter.element_size()
+        whole = blocks.pop('', 0) + 2 * max(blocks.values(), default=0)  # one computes while the next one is fetched
+        sizes = {name: size if name == 'activations' else size // processes for name, size in sizes.items()}
+        sizes['parameters'] += whole
+    return sizes
+
+
+def available_memory():
+    """(bytes, words for it) of the smallest GPU, or of this machine where there is none. CUDA is not touched."""
+    if is_cuda_available():
+        query = ['nvidia-smi', '--query-gpu=memory.total,name', '--format=csv,noheader,nounits']
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
+        lines = [line.split(', ', 1) for line in answer.stdout.splitlines()]
+        size, name = min((int(mebibytes) * 2**20, name) for mebibytes, name in lines)
+        return size - RESERVE, f'of one {name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
+    free = re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())
+    return int(free[1]) * 1024, 'free on this machine'
+
+
+def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
+    """What a run will need against what there is: DataFrame need, GB. Says what to change, before it starts, if too much.
+
+    memory, disk: bytes there are; processes: GPUs. None: those of this machine.
+    """
+    processes = processes or (torch.cuda.device_count() if is_cuda_available() else 1)
+    gpu = is_cuda_available()
+    capacity, words = (memory, 'given') if memory else available_memory()
+    half = torch.float16 if gpu and config.precision != 'no' else None
+    config = config if config.checkpoint_activations is not None else config.override(checkpoint_activations=gpu)
+    needs = memory_plan(model, config, processes=processes, half=half)
+    total = sum(needs.values())
+    if total > capacity:
+        fits = (change for change in smaller_plans(config, processes) if sum(memory_plan(
+            model, config.override(**change), processes=processes, half=half).values()) <= capacity)
+        change = next(fits, None)
+        print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
+              + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    state, place = 3 * weights, Path(run_dir).absolute()  # AdamW keeps two values beside each weight
+    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    disk = disk or shutil.disk_usage(place).free
+    if 2 * state + weights > disk:  # a state is whole before the one before it goes
+        print(f'{(2 * state + weights) / 1e9:.1f} GB do not fit on the disk of {run_dir}, which has {disk / 1e9:.1f}: '
+              f'choose another OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves '
+                                           'loses its state.' if state + weights <= disk else '.'))
+    rows = [(f'{name}, batch of {config.batch_size}' if name == 'activations' else name, size)
+            for name, size in needs.items()]
+    rows += [('memory in all', total), (f'memory {words}', capacity), ('two states to go on from, and the weights', 2 * state
+             + weights), ('disk free', disk)]
+    return pd.DataFrame([(name, size / 1e9) for name, size in rows], columns=['need', 'GB'])
+
+
+def smaller_plans(config, processes):
+    """Changes of a configuration that need less memory, the least change first; the result stays the same."""
+    less = {} if config.checkpoint_activations else {'checkpoint_activations': True}
+    yield less
+    batches = [size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0]
+    for size in batches:
+        yield less | {'batch_size': size}
+    if processes > 1:
+        yield less | {'shard': True}
+        yield less | {'shard': True, 'batch_size': 1}
+
+
 def agreed(accelerator, *flags):
     """The flags, each true if it is in any process: clocks differ, and all must save or stop at the same step."""
     if accelerator.num_processes == 1:
@@ -1161,8 +1444,9 @@ def stop_signal():
     before = signal.getsignal(signal.SIGINT)
 
     def note(*_):
+        if pressed and time.time() - pressed[0] > 1:  # one press may arrive twice: from the terminal, and from `launch`
+            raise KeyboardInterrupt
         pressed.append(time.time())
-        signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -1172,13 +1456,17 @@ def stop_signal():
 
 
 @contextmanager
-def data_failures(run_dir, photos, main):
-    """What data loading raises, as one sentence; broken photographs are listed however the run ends.
+def plain_failures(config, run_dir, photos, main):
+    """What data loading and a full GPU raise, as one sentence; broken photographs are listed however the run ends.
 
     A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(
+                f'{run_dir.name}: the GPU ran out of memory at batch_size {config.batch_size}: halve it (the step stays the '
+                f'same, more batches are accumulated) and run it again; it goes on from its last state.') from error
         if 'DataLoader worker' not in str(error):
             raise
         raise Stopped(f'{run_dir.name}: a data-loading process was killed, most likely for want of memory; set workers '
@@ -1255,7 +1543,9 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config):
     total = accelerator.reduce(total, 'mean').item()
     finite = math.isfinite(total)
     if finite:
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        accelerator.unscale_gradients(optimiser)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of a sharded model
         finite = accelerator.scaler is not None or bool(torch.isfinite(norm))  # the scaler leaves such steps out itself
     if finite:
         optimiser.step()
@@ -1448,37 +1738,46 @@ def copy_attached_state(run_dir, config, search):
 
 def different_fields(first, second):
     """'field: a, now b' for what two configurations train differently."""
-    free = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision'}
+    free = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision',
+            'checkpoint_activations'}
     return [f'{name}: {value}, now {asdict(second)[name]}' for name, value in asdict(first).items()
             if name not in free and value != asdict(second)[name]]
 
 
 def keep_if_best(accelerator, model, validate, run_dir, progress, config):
-    """Scores the model on selection data and writes it if it is the best so far."""
-    accelerator.wait_for_everyone()
-    score = torch.zeros((), device=accelerator.device)
-    if accelerator.is_main_process:
-        model.eval()
-        score += validate(model)
-        model.train()
-        if score > progress.best:
-            save_run(run_dir, model, config, score=float(score), step=progress.step)
-    score = float(accelerator.reduce(score, 'sum'))
+    """Scores the model on selection data, all processes together, and writes it if it is the best so far."""
+    model.eval()
+    score = torch.tensor(float(validate(model)), device=accelerator.device)
+    model.train()
+    score = float(accelerator.reduce(score, 'mean'))
+    if score > progress.best:
+        keep_weights(accelerator, model, run_dir, config, score=score, step=progress.step)
     accelerator.print(f'step {progress.step}: selection mP@5 {score:.3f}')
     progress.best = max(progress.best, score)
+
+
+def keep_weights(accelerator, model, run_dir, config, **facts):
+    """Writes the run's weights, by one process; the parts of a sharded model are collected, for which all must call."""
+    state = None
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if accelerator.is_main_process:
+        save_run(run_dir, model, config, state=state, **facts)
+    accelerator.wait_for_everyone()
 
 
 def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
     """The end of a run: its weights if none better are kept, their digest, and what could not be read."""
     if validate and config.validate_every:
         keep_if_best(accelerator, model, validate, run_dir, progress, config)
-    elif accelerator.is_main_process:
-        save_run(run_dir, model, config, step=progress.step)
-    accelerator.print(f'{run_dir.name}: digest of the weights '
-                      f'{state_digest(open_checkpoint(run_dir)) if accelerator.is_main_process else ""}')
-    if accelerator.is_main_process and unreadable:
-        print(f'{len(unreadable)} photographs could not be read and were replaced by others of their class: '
-              f'{run_dir / "unreadable.txt"}, first {unreadable[0]}')
+    else:
+        keep_weights(accelerator, model, run_dir, config, step=progress.step)
+    if accelerator.is_main_process:
+        print(f'{run_dir.name}: digest of the weights {state_digest(open_checkpoint(run_dir))}')
+        if unreadable:
+            print(f'{len(unreadable)} photographs could not be read and were replaced by others of their class: '
+                  f'{run_dir / "unreadable.txt"}, first {unreadable[0]}')
     model.eval()
 
 
@@ -1486,30 +1785,51 @@ def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
 def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedding', max_unreadable=100):
     """Vectors of photographs: float32 (n, dim), rows as in the frame.
 
-    cache: an .npz file that keeps vectors, paths and a digest of the weights; it is used again when both agree. An
-    unreadable photograph is named and becomes a black one.
+    Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a
+    digest of the weights; it is used again when both agree. An unreadable photograph is named and becomes a black one.
     """
-    key = state_digest({**dict(model.named_parameters()), 'size': torch.tensor(model.spec.image_size)})
-    if cache and Path(cache).exists():
-        with np.load(cache) as kept:
-            if str(kept['digest']) == key and np.array_equal(kept['paths'], frame['path'].to_numpy(str)):
-                return kept['vectors']
-    photos = Photos(frame, model.spec.image_size, max_unreadable=max_unreadable)
-    model.to(best_device()).eval()
-    half = torch.autocast('cuda', enabled=best_device().type == 'cuda', dtype=torch.float16)
-    with half:
-        vectors = [model(batch['image'].to(best_device())).float().cpu()
-                   for batch in progress_bar(loader(photos, batch_size, workers=workers), desc, leave=False)]
-    if photos.unreadable:
-        print(f'{len(photos.unreadable)} photographs could not be read, first {photos.unreadable[0]}; their vectors '
-              f'are those of a black square.')
-    vectors = torch.cat(vectors).numpy() if vectors else np.zeros((0, model.spec.width), np.float32)
+    rank, processes = own_share()
+    paths = frame['path'].to_numpy(str)
     if cache:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(cache).with_suffix('.part.npz')
-        np.savez(beside, vectors=vectors, paths=frame['path'].to_numpy(str), digest=key)
-        os.replace(beside, cache)
+        key = state_digest({**dict(model.named_parameters()), 'size': torch.tensor(model.spec.image_size)})
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as kept:
+            if str(kept['digest']) == key and np.array_equal(kept['paths'], paths):
+                return kept['vectors']
+    if not len(frame):
+        return np.zeros((0, model.spec.width), np.float32)
+    each = -(-len(frame) // processes)  # of every process alike, as a sharded model computes in step: the last repeat some
+    photos = Photos(frame.iloc[np.arange(rank, each * processes, processes) % len(frame)], model.spec.image_size,
+                    max_unreadable=max_unreadable)
+    device = best_device()
+    model.to(device).eval()
+    with torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
+        vectors = torch.cat([model(batch['image'].to(device)).float() for batch in progress_bar(
+            loader(photos, batch_size, workers=workers), desc, leave=False, disable=rank > 0)])
+    unreadable = photos.unreadable
+    if processes > 1:  # (processes · each, dim) by rank -> by row
+        vectors = gather(vectors).unflatten(0, (processes, each)).transpose(0, 1).flatten(0, 1)[:len(frame)]
+        unreadable = sorted(set(gather_object(unreadable)))
+    vectors = vectors.cpu().numpy()
+    if unreadable and rank == 0:
+        print(f'{len(unreadable)} photographs could not be read, first {unreadable[0]}; their vectors are those of a '
+              f'black square.')
+    if cache and rank == 0:
+        keep_vectors(cache, vectors, paths, key)
+    if processes > 1:
+        PartialState().wait_for_everyone()
     return vectors
+
+
+def keep_vectors(path, vectors, paths, digest):
+    """Writes an .npz beside its place, then renames it. A disk that refuses costs only the time to embed again."""
+    path = Path(path)
+    beside = path.with_suffix('.part.npz')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(beside, vectors=vectors, paths=paths, digest=digest)
+        os.replace(beside, path)
+    except OSError as error:
+        print(f'{path} could not be written ({error.strerror}): these vectors will be computed again the next time.')
 
 
 # ── Checkpoints and soups ────────────────────────────────────────────────────────────────────────────────────────────
@@ -1838,9 +2158,11 @@ def soup_metadata(paths, method, *, scores=None, **extra):
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
 
 
-def save_run(run_dir, model, config, **facts):
-    """Writes run_dir/model.safetensors: tower, head and projection with all that is needed to load them again."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_run(run_dir, model, config, *, state=None, **facts):
+    """Writes run_dir/model.safetensors: tower, head and projection with all that is needed to load them again.
+
+    state: the model's tensors by name, where its own are not whole."""
+    state = model.state_dict() if state is None else state
     metadata = {'format': 'pt', 'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
                 **{name: json.dumps(value) for name, value in facts.items()}}
     save_state(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
@@ -2303,9 +2625,13 @@ def _codes(*labels):
 
 
 def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
-    """Vectors of several frames by name, kept under `folder` if given: dict name -> float32 (n, dim)."""
-    return {name: embed(model, frames[name], desc=name, cache=Path(folder) / f'{name}.npz' if folder else None)
-            for name in names}
+    """Vectors of several frames by name, on all GPUs, kept under `folder` if given: dict name -> float32 (n, dim)."""
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        def embed_each():
+            return {name: embed(model, frames[name], desc=name, cache=Path(place) / f'{name}.npz') for name in names}
+
+        vectors = launch(embed_each)
+        return embed_each() if vectors is None else vectors  # what launched processes kept
 
 
 def to_dim(vectors, dim=64, projection=None, split=''):
