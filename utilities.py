@@ -162,7 +162,9 @@ class Config:
 
 
 def write_text(path, text):
-    """Writes beside, then renames: a reader never sees half a file."""
+    """Writes beside, then renames: a reader never sees half a file. Of launched processes the first one writes."""
+    if own_share()[0]:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.part')
@@ -1075,8 +1077,9 @@ def launch(function, *arguments, processes=None):
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
         free.close()
+        refused, call = [], (folder, function, *arguments)
         # A thread of its own: OpenMP's threads do not survive a fork, and this one has started none.
-        thread = threading.Thread(target=_quietly, args=(notebook_launcher, _reporting, (folder, function, *arguments)),
+        thread = threading.Thread(target=_quietly, args=(refused, notebook_launcher, _reporting, call),
                                   kwargs={'num_processes': count, 'use_port': port}, daemon=True)
         with stop_signal() as pressed:
             thread.start()
@@ -1089,20 +1092,22 @@ def launch(function, *arguments, processes=None):
         reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob('error*'))]
         errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports]
         whole = len(list(Path(folder).glob('done*'))) == count
-    if errors:
-        raise next((error for error in errors if isinstance(error, Stopped)), errors[0])
+    if errors or refused:
+        raise next((error for error in errors if isinstance(error, Stopped)), (errors + refused)[0])
     if not whole:
         raise RuntimeError(f'One of {count} processes was killed, most likely for want of memory: lower workers or '
                            f'batch_size and run this cell again; a run goes on from its last state.')
 
 
-def _quietly(launcher, *arguments, **options):
-    """Runs the launcher; what its processes raised is in their reports."""
+def _quietly(refused, launcher, *arguments, **options):
+    """Runs the launcher; what its processes raised is in their reports, what it refuses itself is added to `refused`."""
     logger = logging.getLogger('torch.distributed.elastic')
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         launcher(*arguments, **options)
+    except ValueError as error:
+        refused.append(error)
     except Exception as error:
         logger.debug('%s', error)
     finally:

@@ -101,12 +101,12 @@ def test_the_cosine_is_to_the_nearest_centre():
     assert torch.allclose(head.cosine(embedding), every.view(5, 2, 3).amax(2), atol=1e-6)
 
 
-def full_size(name):
+def full_size(name, image_size=224, device='meta'):
     config = open_clip.get_model_config(name)
-    spec = utilities.TowerSpec(name, 'random', 224, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
-        'library': 'open_clip', 'embed_dim': config['embed_dim'], 'vision_cfg': config['vision_cfg'],
-        'quick_gelu': False})
-    with torch.device('meta'):
+    spec = utilities.TowerSpec(name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
+        'library': 'open_clip', 'embed_dim': config['embed_dim'],
+        'vision_cfg': config['vision_cfg'] | {'image_size': image_size}, 'quick_gelu': False})
+    with torch.device(device):
         return utilities.build_tower(spec)
 
 
