@@ -156,6 +156,17 @@ def test_a_step_that_the_scaler_skips_leaves_the_learning_rate_where_it_was(trai
     assert lr[0] == lr[1] < lr[2]  # of the log: the rate that the next step takes
 
 
+def test_a_gpu_that_runs_out_of_memory_is_one_sentence_and_the_last_state_stays(train, tmp_path, step_hook):  # noqa: F811
+    def fill(step):
+        if step == 3:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.')
+
+    step_hook(fill)
+    with pytest.raises(MemoryError, match='ran out of memory at batch_size 8: halve it .* goes on from its last state'):
+        utilities.fit(SAVING, new_model(), train, tmp_path / 'run')
+    assert utilities.saved_states(tmp_path / 'run/state')[0].name == 'step-00000002'
+
+
 # Several processes, each launched in a process of its own: pytest's has used autograd, whose threads no fork takes along
 
 def in_a_child(function, *arguments):
