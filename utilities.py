@@ -161,6 +161,20 @@ class Config:
             raise ValueError(f'{path} is not a configuration: {error}') from None
 
 
+PUBLISHED = {'place4': {  # the towers of the nine published runs; LAION-2B for ViT-L/14 is a choice of the notebook here
+    'vit_h_224': {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 224},
+    'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}
+
+
+def published_tower(solution, name):
+    """Config's fields for the tower of a published solution, for Config.override: 'place4'; None changes nothing."""
+    if solution is None:
+        return {}
+    if solution not in PUBLISHED:
+        raise ValueError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
+    return PUBLISHED[solution][name]
+
+
 def write_text(path, text):
     """Writes beside, then renames: a reader never sees half a file. Of launched processes the first one writes."""
     if own_share()[0]:
@@ -430,13 +444,13 @@ def digest(frame):
     return hashlib.sha256('\n'.join(pairs).encode()).hexdigest()[:12]
 
 
-def load_data(train, query=None, index=None, selection=None, *, config, held_out=0.1):
+def load_data(train, query=None, index=None, selection=None, *, config, held_out=0.1, most_held_out=500):
     """The frames of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
 
     train: what read_dataset takes, or a list of such. query, index: never-seen objects to report on; selection: a pair
     (query, index) to make choices on. What is not given is made of classes held out of the training data (`held_out` of
-    them each): their photographs are dealt out in turn, one to the query, two to the index. A class that is both
-    trained and searched is named aloud: it is no never-seen object.
+    them each, at most `most_held_out`): their photographs are dealt out in turn, one to the query, two to the index. A
+    class that is both trained and searched is named aloud: it is no never-seen object.
     """
     given = [train] if isinstance(train, (str, os.PathLike)) else train
     frame = pd.concat([read_dataset(source) for source in given], ignore_index=True)
@@ -446,7 +460,8 @@ def load_data(train, query=None, index=None, selection=None, *, config, held_out
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
         if pair[0] is None:
-            frame, held = split_by_class(frame, held_out, seed=config.seed)
+            share = min(held_out, most_held_out / max(1, frame['label'].nunique()))
+            frame, held = split_by_class(frame, share, seed=config.seed)
             turn = held.groupby('label').cumcount() % 3
             frames |= {names[0]: held[turn == 0].reset_index(drop=True), names[1]: held[turn > 0].reset_index(drop=True)}
         else:
@@ -706,13 +721,15 @@ def closest(name, names):
 
 def weights_source(model_name, pretrained):
     """(what open_clip is to load, tag's facts) for a built-in name: a tag, a file, or 'tag@file' (a file that keeps the
-    tag's preprocessing and activation, as on Kaggle without internet)."""
+    tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
     if model_name not in open_clip.list_models():
         raise ValueError(f'open_clip has no model {model_name!r}.{closest(model_name, open_clip.list_models())}')
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     tag, _, file = pretrained.partition('@') if '@' in pretrained else (pretrained, '', '')
     if pretrained == 'random':
         return None, {}
+    if tag in tags and file == 'random':
+        return None, open_clip.get_pretrained_cfg(model_name, tag)
     if tag in tags and not file:
         return tag, open_clip.get_pretrained_cfg(model_name, tag)
     path = file or pretrained
@@ -729,7 +746,7 @@ def weights_source(model_name, pretrained):
 
 def load_open_clip(model_name, pretrained, image_size=None):
     """open_clip's whole CLIP with weights, never silently random."""
-    random = pretrained == 'random'
+    random = pretrained == 'random' or pretrained.endswith('@random')
     if model_name.startswith(('local-dir:', 'hf-hub:')):
         source, facts = None, {}
     else:
@@ -748,7 +765,7 @@ def load_image_tower(model_name, pretrained='', image_size=None):
     """The image half of a pretrained model, with what belongs to its weights as `tower.spec`.
 
     model_name: an open_clip name, 'local-dir:folder', 'hf-hub:org/name', or 'timm:name'. pretrained: a tag, a file,
-    'tag@file', or 'random'. image_size: pixels; another one than the weights' own resizes the position embedding.
+    'tag@file', 'random' or 'tag@random'. image_size: pixels; another than the weights' own resizes the position embedding.
     Returns a module: normalised float (n, 3, s, s) -> (n, spec.width). ValueError: unknown name, tag or file, or
     weights that do not fit.
     """
@@ -805,6 +822,15 @@ def load_strictly(module, state, source):
         raise ValueError(f'{source} does not fit the model in {len(wrong)} of {len(own)} tensors, first '
                          f'{"; ".join(wrong[:3])}: it belongs to another architecture, image size or class list.')
     module.load_state_dict(state)
+
+
+def unloaded_tower(config):
+    """The tower of a configuration with random weights, for a checkpoint that holds its own; nothing is downloaded."""
+    tag = config.pretrained.partition('@')[0]
+    known = tag in open_clip.list_pretrained_tags_by_model(config.model_name)
+    tower = load_image_tower(config.model_name, f'{tag}@random' if known else 'random', config.image_size)
+    tower.spec = replace(tower.spec, pretrained=config.pretrained)
+    return tower
 
 
 def build_tower(spec):
@@ -1863,8 +1889,9 @@ def open_checkpoint(path):
 
     The content decides, whatever the file's name: safetensors, or torch.save of a state dict, also one nested
     under 'state_dict' or 'model' or prefixed with 'module.'. Left out: what is not a tensor, and the text
-    tower of the original authors' files. Nothing in a file is executed. FileNotFoundError; ValueError for a
-    file that is truncated, of another kind, or holds Python objects.
+    tower of the original authors' files. A file without metadata takes those of a metadata.json beside it.
+    Nothing in a file is executed. FileNotFoundError; ValueError for a file that is truncated, of another kind,
+    or holds Python objects.
     """
     path = checkpoint_file(path)
     if not path.is_file():
@@ -1878,10 +1905,14 @@ def open_checkpoint(path):
     ours.pop(None, None)  # the text tower
     if not ours:
         raise ValueError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
+    beside = path.with_name('metadata.json')
+    if 'spec' not in metadata and beside.is_file():
+        metadata = json.loads(beside.read_text())
     return Checkpoint(ours, metadata, path)
 
 
 def _read_file(path):
+    path = path.resolve()  # the name of what a link leads to
     with open(path, 'rb') as file:
         start = file.read(9)
     try:
@@ -2112,7 +2143,8 @@ def _score(score, states, weights):
 
 def _run_name(path):
     """'none' for `runs/none/model.safetensors`; any other file goes by its own name."""
-    return Path(path).resolve().parent.name if Path(path).name == 'model.safetensors' else Path(path).name
+    path = Path(os.path.abspath(path))
+    return path.parent.name if path.name == 'model.safetensors' else path.name
 
 
 def path_scores(first, second, score, points=5):
@@ -2213,9 +2245,10 @@ def spec_of(metadata):
 
 
 def list_runs(root):
-    """Every run below a folder: DataFrame run, model, augmentation, seed, epochs, mp5 (at dim 64, if scored), digest."""
-    rows = []
-    for file in sorted(Path(root).glob('**/model.safetensors')):
+    """Every run below a folder, or a list of folders: DataFrame run, model, augmentation, seed, epochs, mp5 (at dim 64, if
+    scored), digest."""
+    rows, roots = [], [root] if isinstance(root, (str, os.PathLike)) else root
+    for file in (file for folder in roots for file in sorted(Path(folder).glob('**/model.safetensors'))):
         if file.parent.parent.name == 'state':
             continue
         metadata = open_checkpoint(file).metadata
@@ -2227,16 +2260,80 @@ def list_runs(root):
     return pd.DataFrame(rows)
 
 
-def find_ingredients(root, towers):
-    """{tower: [run folders]} of the finished runs below `root` whose names begin with the tower's."""
-    found = {tower: sorted(file.parent for file in Path(root).glob(f'{tower}_*/model.safetensors')) for tower in towers}
+def find_ingredients(root, towers, files=None, architectures=None, *, search=('/kaggle/input',)):
+    """{tower: [run folders]} of what is to be averaged: the finished runs whose names begin with the tower's, below `root`
+    and in attached outputs (up to four folders below those of `search`); or, where given, `files` instead.
+
+    files: {tower: [checkpoint files, or folders of them]} that say nothing of themselves, as the original authors'.
+    architectures: {tower: Config's fields for its files}; None: those of the 4th place. What lies elsewhere than in
+    `root` is linked into a temporary folder, so that each is a run's folder that can be written.
+    """
+    if files:
+        found = {tower: link_files(tower, paths, (architectures or PUBLISHED['place4']).get(tower))
+                 for tower, paths in files.items()}
+    else:
+        found = {tower: sorted(file.parent for file in Path(root).glob(f'{tower}_*/model.safetensors'))
+                 for tower in towers}
+        for tower, runs in found.items():
+            runs += link_runs(attached_runs(tower, search), {run.name for run in runs})
     found = {tower: runs for tower, runs in found.items() if runs}
     if not found:
-        raise FileNotFoundError(f'{root} holds no finished run of {" or ".join(towers)}: run train_{towers[0]}.ipynb '
-                                f'first, once for every ingredient.')
-    for tower in towers:
+        raise FileNotFoundError(f'{root} holds no finished run of {" or ".join(towers)}, nor does an attached output: run '
+                                f'train_{towers[0]}.ipynb first, once for every ingredient, or give checkpoints as '
+                                f'INGREDIENTS.')
+    for tower in {**dict.fromkeys(towers), **found}:
         print(f'{tower}: {len(found.get(tower, []))} ingredients')
     return found
+
+
+def attached_runs(tower, search):
+    """The finished runs of a tower in attached outputs, the least deep first."""
+    places = (os.path.join(glob_escape(str(root)), *['*'] * depth, f'{tower}_*', 'model.safetensors')
+              for root in search for depth in range(5))
+    return [Path(file).parent for place in places for file in sorted(glob(place))]
+
+
+def link_runs(runs, names=()):
+    """Folders of links to all files of runs but their states; a run whose name was there before is left out."""
+    linked, names = [], set(names)
+    for run in runs:
+        if run.name not in names:
+            files = [file.relative_to(run) for file in run.rglob('*') if file.is_file()]
+            linked.append(_linked_folder(run.name, {name: run / name for name in files if name.parts[0] != 'state'}))
+            names.add(run.name)
+            print(f'{run.name}: taken from {run}')
+    return linked
+
+
+def link_files(tower, paths, architecture):
+    """Run folders for checkpoints that do not say how they are built, each with the configuration that they lack.
+
+    architecture: Config's fields for their tower; nothing is downloaded, since the files hold all of the tower's weights.
+    """
+    if architecture is None:
+        raise ValueError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
+                         f'model_name, pretrained and image_size in ARCHITECTURES.')
+    config = Config().override(**architecture)
+    metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    folders = []
+    for number, file in enumerate(files, start=1):
+        open_checkpoint(file)  # a wrong one is an error before anything is computed
+        folder = _linked_folder(f'{tower}_{number}_{file.name}', {'model.safetensors': file})
+        write_text(folder / 'metadata.json', json.dumps(metadata))
+        config.save(folder / 'config.json')
+        folders.append(folder)
+    return folders
+
+
+def _linked_folder(name, files):
+    """A new temporary folder of this name with links {name: file}."""
+    folder = Path(tempfile.mkdtemp(prefix='ingredient-'), name)
+    for link, file in files.items():
+        (folder / link).parent.mkdir(parents=True, exist_ok=True)
+        (folder / link).symlink_to(file.resolve())
+    return folder
 
 
 def scorer(run, frames):
@@ -2255,6 +2352,17 @@ def base_state(run):
     spec = spec_of(open_checkpoint(run).metadata)
     tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
     return {f'tower.{name}': tensor for name, tensor in tower.state_dict().items()}
+
+
+def base_states(ingredients):
+    """{tower: base_state} of find_ingredients' runs; a pretrained tower that cannot be had here is named and left out."""
+    bases = {}
+    for tower, runs in ingredients.items():
+        try:
+            bases[tower] = base_state(runs[0])
+        except ValueError as error:
+            print(f'{tower}: its pretrained weights are not here, so what compares with them is left out ({error})')
+    return bases
 
 
 def save_soup(state, run_dir, ingredients, method, **facts):
@@ -2282,6 +2390,21 @@ def sweep_alpha(base, soup, alphas, frames):
         rows.append({'alpha': alpha, 'selection': selection_score(model, frames), 'seen': among_others,
                      'never seen': score_table('', '', vectors, frames, dims=(None,))['mp5'].iloc[0]})
     return pd.DataFrame(rows)
+
+
+def hand_in(path, folder='/kaggle/working'):
+    """On Kaggle, a submission also as <folder>/submission.zip, where the competition looks for it; elsewhere nothing."""
+    target = Path(folder, 'submission.zip')
+    if not target.parent.is_dir() or target.exists() and target.samefile(path):
+        return
+    beside = target.with_name('submission.zip.part')
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:  # another file system
+        shutil.copyfile(path, beside)
+    os.replace(beside, target)
+    print(f'{target}: the same file')
 
 
 def save_reference(submission, frame, path, *, count=16, side=96):
@@ -3019,7 +3142,10 @@ def plot_margins(labels, margins):
 
 
 def plot_logs(run_dirs):
-    """Loss and learning rate against the step, runs overlaid."""
+    """Loss and learning rate against the step, runs overlaid; a run without a log, as a bare checkpoint, is left out."""
+    run_dirs = [run_dir for run_dir in run_dirs if Path(run_dir, 'log.csv').exists()]
+    if not run_dirs:
+        return print('no run has a log to draw')
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
     for run_dir in map(Path, run_dirs):
         log = pd.read_csv(run_dir / 'log.csv')
@@ -3103,13 +3229,16 @@ def plot_basin(cosines, lines):
     for tower, line in lines.items():
         axes[0, -1].plot(line['alpha'], line['score'], '.-', label=tower)
     axes[0, -1].set(xlabel='from the first ingredient to the second', ylabel='mP@5 on selection objects')
-    axes[0, -1].legend(frameon=False)
+    if lines:
+        axes[0, -1].legend(frameon=False)
     figure.tight_layout()
 
 
 def plot_wise(curves):
     """mP@5 of seen against never-seen objects as alpha goes from the pretrained tower to the soup; star: the alpha that the
     selection objects choose."""
+    if not curves:
+        return print('no pretrained tower to begin from')
     figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.2), squeeze=False)
     for axis, (tower, curve) in zip(axes[0], curves.items()):
         axis.plot(curve['seen'], curve['never seen'], 'o-')
