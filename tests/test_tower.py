@@ -49,15 +49,15 @@ def test_a_wrong_name_or_file_is_one_sentence(model_name, pretrained, words):
     assert '\n' not in str(error.value)
 
 
-def test_a_local_file_keeps_its_tags_activation_and_normalisation(tmp_path):
-    torch.manual_seed(0)
-    model = open_clip.create_model('ViT-B-32', force_quick_gelu=True)
-    torch.save(model.state_dict(), tmp_path / 'weights')
-    loaded = utilities.load_image_tower('ViT-B-32', f'openai@{tmp_path}/weights')
-    assert loaded.spec.activation == 'quick_gelu' and loaded.spec.mean[0] == pytest.approx(.48145466)
-    images = torch.randn(1, 3, 224, 224)
-    with torch.inference_mode():
-        assert torch.allclose(loaded.eval()(images), model.eval().visual(images), atol=1e-6)
+@pytest.mark.parametrize('model_name, tag, mean, quick', [
+    ('ViT-H-14', 'laion2b_s32b_b79k', .48145466, None), ('ViT-L-14', 'laion2b_s32b_b82k', .5, None),
+    ('ViT-L-14-336', 'openai', .48145466, True)])
+def test_a_local_file_keeps_the_facts_of_the_recipes_tags(tmp_path, model_name, tag, mean, quick):
+    (tmp_path / 'weights').touch()
+    for file in (f'{tmp_path}/weights', 'random'):
+        source, facts = utilities.weights_source(model_name, f'{tag}@{file}')
+        assert source == (None if file == 'random' else file)
+        assert facts['mean'][0] == pytest.approx(mean) and facts.get('quick_gelu') == quick
 
 
 def test_any_module_serves_as_a_tower():
@@ -110,8 +110,8 @@ def full_size(name, image_size=224, device='meta'):
         return utilities.build_tower(spec)
 
 
-@pytest.mark.parametrize('name, notebook, millions', [('ViT-H-14', 'train_vit_h_224', 632),
-                                                      ('ViT-L-14', 'train_vit_l_336', 304)])
+@pytest.mark.parametrize('name, notebook, millions', [
+    ('ViT-H-14', 'train_vit_h_224', 632), ('ViT-L-14', 'train_vit_l_336', 304), ('ViT-L-14-336', 'train_vit_l_336', 304)])
 def test_the_real_towers_take_the_recipes_learning_rates(name, notebook, millions):
     config = configuration(notebook)
     model = with_head(full_size(name))
@@ -139,16 +139,32 @@ def configuration(notebook):
     return names['config']
 
 
-def test_the_notebooks_configurations_are_the_published_recipe():
-    for notebook, blocks in (('train_vit_h_224', (10, 20, 26, 32)), ('train_vit_l_336', (8, 16, 20, 24))):
-        config = configuration(notebook)
-        assert config.bands == tuple(zip(blocks, (1.25e-6, 2.5e-6, 5e-6, 1e-5)))
-        assert (config.head_lr, config.head_decay, config.tower_decay) == (3e-4, 1e-5, 1e-3)
-        assert (config.batch_size, config.effective_batch, config.epochs, config.warmup_steps) == (8, 32, 1, 1000)
-        assert (config.subcenters, config.scale, config.margin_min, config.margin_width) == (3, 30, .05, .45)
-        assert (config.n_classes, config.min_images, config.max_images) == (9691, 4, 50)
-        assert (config.embedding_dim, config.seed) == (512, 5)
-    assert configuration('train_vit_h_224').image_size == 224 and configuration('train_vit_l_336').image_size == 336
+TOWERS = {  # notebook: last block of each band, image size, tower by default, tower of the published run
+    'train_vit_h_224': ((10, 20, 26, 32), 224, ('ViT-H-14', 'laion2b_s32b_b79k'), ('ViT-H-14', 'laion2b_s32b_b79k')),
+    'train_vit_l_336': ((8, 16, 20, 24), 336, ('ViT-L-14', 'laion2b_s32b_b82k'), ('ViT-L-14-336', 'openai'))}
+
+
+@pytest.mark.parametrize('solution', [None, 'place4'])
+@pytest.mark.parametrize('notebook', TOWERS)
+def test_the_notebooks_configurations_are_the_published_recipe(notebook, solution):
+    blocks, size, default, published = TOWERS[notebook]
+    config = configuration(notebook)
+    config = config.override(**utilities.published_tower(solution, notebook.removeprefix('train_')))
+    assert (config.model_name, config.pretrained) == (published if solution else default)
+    assert config.image_size == size
+    assert config.bands == tuple(zip(blocks, (1.25e-6, 2.5e-6, 5e-6, 1e-5)))
+    assert (config.head_lr, config.head_decay, config.tower_decay) == (3e-4, 1e-5, 1e-3)
+    assert (config.batch_size, config.effective_batch, config.epochs, config.warmup_steps) == (8, 32, 1, 1000)
+    assert (config.subcenters, config.scale, config.margin_min, config.margin_width) == (3, 30, .05, .45)
+    assert (config.n_classes, config.min_images, config.max_images) == (9691, 4, 50)
+    assert (config.embedding_dim, config.seed, config.augmentation) == (512, 5, 'none')
+    assert config.model_name in open_clip.list_models()
+    assert config.pretrained in open_clip.list_pretrained_tags_by_model(config.model_name)
+
+
+def test_an_unknown_solution_is_one_sentence():
+    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None"):
+        utilities.published_tower('place1', 'vit_h_224')
 
 
 @pytest.mark.parametrize('change, words', [
