@@ -1,4 +1,5 @@
 import codecs
+import inspect
 import json
 import os
 
@@ -567,3 +568,20 @@ def test_the_digest_tells_selections_apart_but_not_machines():
         frame.assign(path=frame['path'].str.replace('000', '009')),
     ]
     assert len({utilities.digest(other) for other in [frame, *changed]}) == 4
+
+
+def test_at_full_size_a_limited_number_of_classes_is_held_out_of_training(tmp_path):
+    rows = [(f'{label}/{number}.jpg', f'{label:03d}') for label in range(200) for number in range(6)]
+    pd.DataFrame(rows, columns=['path', 'label']).to_csv(tmp_path / 'all.csv', index=False)
+    make(tmp_path, [path for path, _ in rows])
+    for limits, count in (({}, 20), ({'most_held_out': 5}, 5)):
+        frames = utilities.load_data(str(tmp_path / 'all.csv'), config=utilities.Config(), **limits)
+        held = [set(frames[name]['label']) for name in ('query', 'selection_query')]
+        trained = set(frames['train']['label'])
+        assert len(held[0]) == count and held[0].isdisjoint(held[1]) and len(trained) == 200 - len(held[0] | held[1])
+        assert abs(len(held[1]) - count) <= 2 and trained.isdisjoint(held[0] | held[1])
+        assert set(frames['index']['label']) == held[0] and len(frames['index']) == 2 * len(frames['query'])
+
+
+def test_kaggles_folder_of_inputs_is_searched_unless_another_is_given():
+    assert inspect.signature(utilities.read_dataset).parameters['search'].default == ('/kaggle/input',)

@@ -110,6 +110,12 @@ def test_runs_leave_their_artifacts(runs):
     assert set(table['method']) == {'training', 'uniform', 'greedy', 'wise-ft'} and len(table) == 9
 
 
+def test_the_training_notebooks_report_each_kind_of_object(runs):
+    made, _ = runs
+    for name in NAMES[:2]:
+        assert all(word in text(made[name]) for word in ('left_out', 'queries', 'emoji'))
+
+
 def test_two_ingredients_with_different_data_order_share_the_initial_head_bit_for_bit(runs, tmp_path):
     made, _ = runs
     chosen = dict(made['train_vit_h_224'].metadata.papermill.parameters) | {'OUT_DIR': str(tmp_path)}
@@ -147,6 +153,34 @@ def test_the_exported_ensemble_gives_the_eager_models_vectors_and_the_notebooks_
     scores = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+)', text(made['soup']))
     file, notebook = map(float, scores.groups())
     assert file == pytest.approx(notebook, abs=.02)
+
+
+def as_authors_file(run_dir, path):
+    """A run's weights as the original authors saved theirs: a pickled state dict, their names, a text tower with it."""
+    names = {'head.embedding.weight': 'head.emb.weight', 'head.centers': 'head.arc.weight'}
+    state = {names.get(name, name.replace('tower.', 'vit_backbone.visual.')): tensor.clone()
+             for name, tensor in utilities.open_checkpoint(run_dir).items()}
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state | {'vit_backbone.transformer.resblocks.0.ln_1.weight': torch.ones(3)}, path)
+
+
+def test_the_original_authors_bare_files_become_a_submission_without_training(runs, tmp_path):
+    made, folder = runs
+    for number, name in enumerate(('vit_h_224_none', 'vit_h_224_cutout')):
+        as_authors_file(folder / name, tmp_path / 'attached' / f'{number}_0.688')
+    as_authors_file(folder / 'vit_l_336_none', tmp_path / 'attached_l' / '0_0.670')
+    tower = {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature'}
+    executed = run('soup', tmp_path, **dict(made['soup'].metadata.papermill.parameters) | {
+        'OUT_DIR': str(tmp_path / 'out'),
+        'INGREDIENTS': {'vit_h_224': str(tmp_path / 'attached'), 'vit_l_336': [str(tmp_path / 'attached_l' / '0_0.670')]},
+        'ARCHITECTURES': {'vit_h_224': {**tower, 'image_size': 64}, 'vit_l_336': {**tower, 'image_size': 96}}})
+    assert all(output.get('name') != 'stderr' for cell in executed.cells for output in cell.get('outputs', []))
+    ours, theirs = (utilities.open_checkpoint(place / 'soup_vit_h_224') for place in (folder, tmp_path / 'out'))
+    assert utilities.state_digest(ours) == utilities.state_digest(theirs)
+    scores = [pd.read_csv(place / 'soup_scores.csv').set_index('model')['mp5'] for place in (folder, tmp_path / 'out')]
+    assert scores[0]['ensemble'] == pytest.approx(scores[1]['ensemble'], abs=.02)
+    with zipfile.ZipFile(tmp_path / 'out/ensemble/submission.zip') as archive:
+        assert archive.namelist() == ['saved_model.pt']
 
 
 @needs_torch111
