@@ -168,7 +168,7 @@ def test_a_pretrained_tower_that_is_not_here_is_named_and_left_out(registered, t
 
 
 def test_bare_checkpoints_of_an_unknown_tower_ask_for_its_architecture(tmp_path):
-    with pytest.raises(ValueError, match='ARCHITECTURES') as error:
+    with pytest.raises(ValueError, match='INGREDIENTS names mine, of which .* in ARCHITECTURES') as error:
         utilities.find_ingredients(tmp_path, ['mine'], {'mine': [tmp_path / 'file']}, search=())
     assert '\n' not in str(error.value)
 
