@@ -744,6 +744,16 @@ def weights_source(model_name, pretrained):
     return path, facts[0] if facts else {}
 
 
+@contextmanager
+def _no_warnings_logged():
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def load_open_clip(model_name, pretrained, image_size=None):
     """open_clip's whole CLIP with weights, never silently random."""
     random = pretrained == 'random' or pretrained.endswith('@random')
@@ -753,9 +763,10 @@ def load_open_clip(model_name, pretrained, image_size=None):
         source, facts = weights_source(model_name, pretrained)
     facts = {name: facts[name] for name in ('mean', 'std') if facts.get(name)}, facts.get('quick_gelu', False)
     try:
-        return open_clip.create_model(model_name, pretrained=source, force_image_size=image_size,
-                                      load_weights=not random, require_pretrained=not random,
-                                      force_quick_gelu=facts[1], force_preprocess_cfg=facts[0])
+        with _no_warnings_logged() if random else nullcontext():  # of weights that are random, as they shall be
+            return open_clip.create_model(model_name, pretrained=source, force_image_size=image_size,
+                                          load_weights=not random, require_pretrained=not random,
+                                          force_quick_gelu=facts[1], force_preprocess_cfg=facts[0])
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
                          f'{str(error).strip().splitlines()[0]}') from error
