@@ -2887,7 +2887,11 @@ def _compare(model, file, tolerance):
 def _save_traced(model, variant, file, tolerance):
     """Write a checked trace of `variant`, a form of `model`; returns (dimensions, difference from `model`)."""
     example = torch.randint(256, (1, 3, 37, 53), dtype=torch.uint8)
-    vector = model(example)
+    try:
+        vector = model(example)
+    except RuntimeError as error:
+        raise ValueError(f'The host cannot use this model: a uint8 photograph {tuple(example.shape)} stops it with '
+                         f'"{str(error).strip().splitlines()[-1]}".') from error
     _check_vector(vector)
     with PlainOperators():
         traced = torch.jit.trace(variant, example, check_trace=False)
@@ -2934,6 +2938,8 @@ def export_submission(model, path, *, half=False):
 
 
 def _load_submission(zip_path):
+    if not Path(zip_path).is_file():
+        raise FileNotFoundError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
     try:
         with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, \
                 warnings.catch_warnings():
@@ -2944,20 +2950,48 @@ def _load_submission(zip_path):
                          'saved_model.pt at its root, as export_submission writes it.') from error
 
 
-def _read_as_host(path):
+@contextmanager
+def _open_as_host(path):
     try:
-        return PILToTensor()(Image.open(path).convert('RGB'))
-    except OSError as error:
+        with Image.open(path) as photograph:
+            yield photograph
+    except Exception as error:  # decoders raise anything
         raise OSError(f'{path} is not a readable photograph ({error}): leave it out of the frame.') from error
+
+
+def _read_as_host(path):
+    with _open_as_host(path) as photograph:
+        return PILToTensor()(photograph.convert('RGB'))
 
 
 def _batches_of_one_size(paths, most=32):
     """Lists of at most `most` positions in `paths` whose photographs have the same width and height."""
     sizes = {}
     for position, path in enumerate(paths):
-        with Image.open(path) as photograph:
+        with _open_as_host(path) as photograph:
             sizes.setdefault(photograph.size, []).append(position)
     return [group[i:i + most] for group in sizes.values() for i in range(0, len(group), most)]
+
+
+def _host_vectors(model, zip_path, paths):
+    """What the host takes of the output for photographs of one size: a row for each, flattened; (n, dim)."""
+    photographs = torch.stack([_read_as_host(path) for path in paths])
+    output, wrong = None, ''
+    try:
+        output = model(photographs)
+    except RuntimeError as error:
+        wrong = f'stops with "{str(error).strip().splitlines()[-1]}"'
+    shape = getattr(output, 'shape', ())
+    if not wrong and (len(shape) < 2 or shape[0] != len(paths)):
+        wrong = f'returns {f"the shape {list(shape)}" if shape else type(output).__name__}'
+    elif not wrong and shape[1:].numel() > HOST_DIM:
+        wrong = f'gives {shape[1:].numel()} dimensions'
+    elif not wrong and not output.isfinite().all():
+        wrong = 'returns NaN or infinite values'
+    if wrong:
+        raise ValueError(f'{zip_path} {wrong} for {len(paths)} photographs such as {paths[0]}; the host takes one row of at '
+                         f'most {HOST_DIM} finite numbers for each: export the model again.')
+    return output.flatten(1).numpy()
 
 
 def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limit=None):
@@ -2974,19 +3008,19 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limi
     batches = _batches_of_one_size(paths) if quick else [[position] for position in range(len(paths))]
     with torch.no_grad(), progress_bar(total=len(paths), unit=' photographs') as progress:
         for batch in batches:
-            outputs = model(torch.stack([_read_as_host(paths[position]) for position in batch]))
-            for position, output in zip(batch, outputs, strict=False):
-                vectors[position] = output.flatten().numpy()
+            found = _host_vectors(model, zip_path, [paths[position] for position in batch])
+            for position, vector in zip(batch, found, strict=True):
+                vectors[position] = vector
             progress.update(len(batch))
-    rate, vectors = len(paths) / (time.perf_counter() - start), np.stack(vectors)
-    hours, dim = HOST_IMAGES / rate / 3600, vectors.shape[1]
-    if dim > HOST_DIM:
-        raise ValueError(f'{zip_path} gives {dim} dimensions and the host takes at most {HOST_DIM}.')
+    rate = len(paths) / (time.perf_counter() - start)
+    if len({len(vector) for vector in vectors}) > 1:
+        raise ValueError(f'{zip_path} gives vectors of different lengths for different photographs: export the model again.')
+    hours, vectors = HOST_IMAGES / rate / 3600, np.stack(vectors)
     print(f'{rate:.1f} photographs/s {"in batches" if quick else "one by one"} on this machine: '
           f'{hours:.1f} h for the host\'s {HOST_IMAGES:,}, of the {HOST_HOURS} h allowed.')
     query, index = np.split(vectors, [len(frames[0])])
     mp5 = mean_precision_at_5(query, frames[0]['label'].to_numpy(), index, frames[1]['label'].to_numpy())
-    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': dim, 'query': query, 'index': index}
+    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': vectors.shape[1], 'query': query, 'index': index}
 
 
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -431,7 +431,7 @@ def test_a_csv_gives_its_rows_or_one_sentence(tmp_path, content, expected):
 def test_dropped_repetitions_and_missing_photos_are_told(tmp_path, capsys):
     make(tmp_path, ['a.jpg'])
     (tmp_path / 'set.csv').write_text('path,label\na.jpg,x\na.jpg,x\nb.jpg,x\n')
-    utilities.read_dataset(tmp_path / 'set.csv')
+    assert [os.path.basename(path) for path in utilities.read_dataset(tmp_path / 'set.csv')['path']] == ['a.jpg', 'b.jpg']
     said = capsys.readouterr().out
     assert '1 rows repeat a photo and were dropped' in said and '1 of 3 photos looked at do not exist' in said
 

@@ -358,6 +358,7 @@ UNUSABLE = {
     'newer operator': (Norm, 'no operator rms_norm, which inner.2 uses'),
     'frozen decision': (lambda: Answer(lambda x: F.normalize(x.mean((2, 3)) - (9 if x.shape[2] < 9 else 900))),
                         'a trace freezes'),
+    'no photographs': (lambda: nn.Linear(3, 3), r'uint8 photograph \(1, 3, 37, 53\) stops it with'),
 }
 
 
@@ -462,23 +463,57 @@ def test_a_file_that_is_no_submission_is_one_sentence(world, tmp_path):
             utilities.evaluate_submission(tmp_path / name, query, index)
 
 
-def test_a_submission_that_is_too_wide_is_refused_by_its_number_of_dimensions(world, tmp_path):
+UNFIT = {  # what a stranger's file returns for float (n, 3, h, w), what the sentence says
+    'too wide': (lambda x: x.mean((2, 3)).repeat(1, 30), 'gives 90 dimensions'),
+    'NaN': (lambda x: x.mean((2, 3)) / 0 * 0, 'returns NaN or infinite values'),
+    'no batch axis': (lambda x: x.mean((0, 2, 3)), r'returns the shape \[3\]'),
+    'a dictionary': (lambda x: {'vector': x.mean((2, 3))}, 'returns dict'),
+    'two vectors': (lambda x: x.mean((2, 3)).repeat(2, 1), r'returns the shape \[\d+, 3\]'),
+    'an error': (lambda x: x.view(7, -1), 'stops with ".*shape'),
+}
+
+
+@pytest.mark.parametrize('quick', [False, True])
+@pytest.mark.parametrize('case', UNFIT)
+def test_a_submission_that_the_host_cannot_use_is_one_sentence(case, quick, world, tmp_path):
     _, query, index = world
-    wide = torch.jit.trace(Answer(lambda x: x.mean((2, 3)).repeat(1, 30)), photograph((5, 5)))
-    wide.save(str(tmp_path / 'saved_model.pt'))
-    with zipfile.ZipFile(tmp_path / 'wide.zip', 'w') as archive:
+    function, sentence = UNFIT[case]
+    traced = torch.jit.trace(Answer(function), photograph((5, 7)), strict=False, check_trace=False)
+    traced.save(str(tmp_path / 'saved_model.pt'))
+    with zipfile.ZipFile(tmp_path / 'unfit.zip', 'w') as archive:
         archive.write(tmp_path / 'saved_model.pt', 'saved_model.pt')
-    with pytest.raises(ValueError, match='wide.zip gives 90 dimensions and the host takes at most 64'):
-        utilities.evaluate_submission(tmp_path / 'wide.zip', query, index)
+    with pytest.raises(ValueError, match=f'unfit.zip {sentence}.* at most 64 finite numbers') as error:
+        utilities.evaluate_submission(tmp_path / 'unfit.zip', query, index, quick=quick)
+    assert '\n' not in str(error.value) and query['path'].iloc[0] in str(error.value)
 
 
-def test_an_unreadable_photograph_is_named(world, tmp_path):
+def test_vectors_whose_length_follows_the_photograph_are_refused(world, tmp_path):
+    class Column(nn.Module):
+        def forward(self, photograph: torch.Tensor):
+            return photograph[:, 0, :, 0].float()
+
+    torch.jit.script(Column()).save(str(tmp_path / 'saved_model.pt'))
+    with zipfile.ZipFile(tmp_path / 'unfit.zip', 'w') as archive:
+        archive.write(tmp_path / 'saved_model.pt', 'saved_model.pt')
+    with pytest.raises(ValueError, match='unfit.zip gives vectors of different lengths'):
+        utilities.evaluate_submission(tmp_path / 'unfit.zip', *world[1:])
+
+
+def test_an_absent_submission_is_named(world, tmp_path):
+    for path in (tmp_path / 'none.zip', tmp_path):
+        with pytest.raises(FileNotFoundError, match=f'no submission {path}: check the path'):
+            utilities.evaluate_submission(path, *world[1:])
+
+
+@pytest.mark.parametrize('quick', [False, True])
+@pytest.mark.parametrize('name', ['torn.jpg', 'absent.jpg', 'cut.png'])
+def test_an_unreadable_photograph_is_named(world, tmp_path, name, quick):
     zip_path, query, index = world
     (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff')
-    query = pd.concat([query, pd.DataFrame([{'path': str(tmp_path / 'torn.jpg'), 'label': 'object 1'}])])
-    for quick in (False, True):
-        with pytest.raises(OSError, match='torn.jpg'):
-            utilities.evaluate_submission(zip_path, query, index, quick=quick)
+    (tmp_path / 'cut.png').write_bytes(Path(index['path'].iloc[0]).read_bytes()[:-500])
+    query = pd.concat([query, pd.DataFrame([{'path': str(tmp_path / name), 'label': 'object 1'}])])
+    with pytest.raises(OSError, match=f'{name} is not a readable photograph .*leave it out of the frame'):
+        utilities.evaluate_submission(zip_path, query, index, quick=quick)
 
 
 if __name__ == '__main__':

@@ -92,6 +92,17 @@ def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     assert found[:, 0].tolist() == [1, 0]
 
 
+def test_ties_behind_an_excluded_row_go_to_the_smaller_index():
+    """The excluded row takes a place in the shortlist; more groups than are left there are equally far."""
+    query = normal(0, 1, 64)
+    index = np.concatenate([query + 1, normal(1, 3000, 64) + 5, query])
+    index[utilities.GROUP:3000:utilities.GROUP + 1] = query + 1
+    _, found = nearest_neighbours(query, index, 1, exclude=[3001])
+    assert found.tolist() == [[0]]
+    for k in (1, 2, 5):
+        assert_neighbours(query, index, k, exclude=[3001])
+
+
 def test_more_queries_than_are_searched_at_once_keep_their_own_rows():
     query, index = normal(0, 8200, 4), normal(1, 50, 4)
     exclude = np.arange(8200) % 50

@@ -425,12 +425,12 @@ def test_greedy_soup_stops_early_on_mismatch_and_on_a_score_of_nan(tmp_path):
 
 def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(utilities, 'CHUNK', 5)
-    steps = {'tower.steps': torch.tensor(3)}
-    base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | steps
-    states = [random_state(seed) | steps for seed in range(3)]
-    states.append({name: base.get(name, x) for name, x in states[0].items()})
+    counter = 'tower.bn.num_batches_tracked'
+    base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | {counter: torch.tensor(3)}
+    states = [random_state(seed) | {counter: torch.tensor(10 * seed)} for seed in range(3)]
+    states.append({name: base.get(name, x) for name, x in states[0].items()})  # as it was before training
     table = utilities.weight_cosines(written(tmp_path, states), base)
-    floats = [name for name in base if name != 'tower.steps']
+    floats = [name for name in base if name != counter]
     origin, *towers = [np.concatenate([state[name].double().numpy().ravel() for name in floats])
                        for state in (base, *states)]
     changes = [tower - origin for tower in towers]
@@ -443,8 +443,10 @@ def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
         utilities.weight_cosines([tmp_path / 'run0/model.safetensors'], {'proj': torch.zeros(8, 4)})
 
 
-def test_the_line_between_two_ingredients_shows_a_barrier(tmp_path):
+def test_the_line_between_two_ingredients_shows_a_barrier_and_begins_at_the_first(tmp_path):
     paths = written(tmp_path, [{'tower.a': torch.tensor([value])} for value in (0., 1.)])
+    values = utilities.path_scores(*paths, lambda state: state['tower.a'].item(), points=3)
+    np.testing.assert_array_equal(values, [[0, 0], [.5, .5], [1, 1]])
     table = utilities.path_scores(*paths, lambda state: abs(state['tower.a'].item() - .5))
     assert table.columns.tolist() == ['alpha', 'score']
     np.testing.assert_array_equal(table, [[0, .5], [.25, .25], [.5, 0], [.75, .25], [1, .5]])
