@@ -2149,18 +2149,25 @@ def weight_cosines(paths, base):
 def soup_metadata(paths, method, *, scores=None, **extra):
     """Metadata for save_state -> {str: str}: method, ingredients (run, SHA-256, score), their spec.
 
-    `scores` in the order of the paths, or else what the files' own metadata holds. `extra` (alpha, weights,
-    config, …) is stored as JSON unless it is text.
+    `scores` in the order of the paths, or else recorded_score's. `extra` (alpha, weights, config, …) is stored
+    as JSON unless it is text.
     """
     checkpoints = [open_checkpoint(path) for path in paths]
     if scores is None:
-        scores = [json.loads(checkpoint.metadata.get('scores', 'null')) for checkpoint in checkpoints]
+        scores = [recorded_score(checkpoint.path) for checkpoint in checkpoints]
     ingredients = [{'run': _run_name(checkpoint.path), 'sha256': file_digest(checkpoint.path), 'score': score}
                    for checkpoint, score in zip(checkpoints, scores, strict=True)]
     fields = {'method': method, 'ingredients': ingredients, **extra}
     if specs := [checkpoint.metadata['spec'] for checkpoint in checkpoints if 'spec' in checkpoint.metadata]:
         fields['spec'] = specs[0]  # the original authors' files have none
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+
+
+def recorded_score(file):
+    """mP@5 at 64 dimensions that a run left in scores.csv beside its checkpoint file; None without."""
+    scores = Path(file).with_name('scores.csv')
+    found = pd.read_csv(scores).query('dim == 64')['mp5'] if scores.exists() else ()
+    return float(found.iloc[-1]) if len(found) else None
 
 
 def save_run(run_dir, model, config, *, state=None, **facts):
@@ -2219,11 +2226,10 @@ def list_runs(root):
         if file.parent.parent.name == 'state':
             continue
         metadata = open_checkpoint(file).metadata
-        config, scores = json.loads(metadata.get('config', '{}')), file.with_name('scores.csv')
-        score = pd.read_csv(scores).query('dim == 64')['mp5'] if scores.exists() else []
+        config, score = json.loads(metadata.get('config', '{}')), recorded_score(file)
         rows.append({'run': str(file.parent), **{name: config.get(name) for name in (
             'model_name', 'image_size', 'augmentation', 'seed', 'epochs')}, 'method': metadata.get('method', 'training'),
-            'mp5': score.iloc[-1] if len(score) else np.nan, 'digest': file_digest(file)[:12]})
+            'mp5': np.nan if score is None else score, 'digest': file_digest(file)[:12]})
     return pd.DataFrame(rows)
 
 
@@ -2433,9 +2439,18 @@ def read_vocabulary(source):
     return frame[~blank & ~again].reset_index(drop=True)
 
 
+def kind_weights(kinds, weights):
+    """How much each name counts by its kind: float64 (n,), 1 for kinds that `weights` {kind: number} does not name."""
+    if unknown := sorted(set(weights) - set(kinds)):
+        raise ValueError(f'The vocabulary has no kind {unknown[0]!r} to weigh; its kinds are {", ".join(pd.unique(kinds))}.')
+    return kinds.map(weights).fillna(1).to_numpy(np.float64)
+
+
 def text_vectors(encode, names, templates=TEMPLATES):
     """Mean over the templates of each name's unit text vector, again of length 1: float32 (n, d)."""
     names = list(names)
+    if wrong := [template for template in templates if '{}' not in template]:
+        raise ValueError(f'The template {wrong[0]!r} has no {{}} for the name.')
     return l2_normalise(sum(l2_normalise(encode([template.format(name) for name in names])) for template in templates))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_training import CONFIG, new_model
 
 import utilities
 
@@ -455,7 +456,8 @@ def test_the_line_between_two_ingredients_shows_a_barrier_and_begins_at_the_firs
 
 
 def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
-    paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC, scores={'mp5': .5})
+    paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC)
+    (paths[0].parent / 'scores.csv').write_text('stage,dim,mp5\nuntrained,64,.3\ningredient,512,.6\ningredient,64,.5\n')
     metadata = utilities.soup_metadata(paths, 'wise-ft', alpha=.6, note='text')
     soup = tmp_path / 'soup' / 'model.safetensors'
     utilities.save_state(utilities.average_states(paths), soup, metadata)
@@ -463,10 +465,39 @@ def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
     assert kept['method'] == 'wise-ft' and kept['alpha'] == '0.6' and kept['note'] == 'text'
     assert json.loads(kept['spec']) == SPEC
     assert json.loads(kept['ingredients']) == [
-        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': {'mp5': .5}} for i in (0, 1)]
+        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': score} for i, score in ((0, .5), (1, None))]
     torch.save(as_authors(random_state()), tmp_path / 'H_0.688')
     theirs = utilities.soup_metadata([tmp_path / 'H_0.688', paths[1]], 'uniform', scores=[.1, .2])
     ingredients = json.loads(theirs['ingredients'])
     assert [(i['run'], i['score']) for i in ingredients] == [('H_0.688', .1), ('run1', .2)]
     assert json.loads(theirs['spec']) == SPEC
     assert 'spec' not in utilities.soup_metadata([tmp_path / 'H_0.688'], 'uniform')
+
+
+def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_path):
+    runs = [tmp_path / 'none', tmp_path / 'flip']
+    for seed, run in enumerate(runs):
+        model = new_model()
+        with torch.no_grad():
+            model.tower.proj.add_(torch.randn(model.tower.proj.shape, generator=torch.Generator().manual_seed(seed)) / 50)
+        utilities.save_run(run, model, CONFIG)
+        CONFIG.save(run / 'config.json')
+        (run / 'scores.csv').write_text(f'stage,model,dim,mp5,seconds\ningredient,{run.name},64,.{seed + 3},1\n')
+    utilities.save_soup(utilities.average_states(runs), tmp_path / 'soup', runs, 'uniform', selection=.5)
+    metadata = utilities.open_checkpoint(tmp_path / 'soup').metadata
+    assert metadata['method'] == 'uniform' and metadata['selection'] == '0.5'
+    assert json.loads(metadata['ingredients']) == [
+        {'run': run.name, 'sha256': utilities.file_digest(run / 'model.safetensors'), 'score': score}
+        for run, score in zip(runs, (.3, .4), strict=True)]
+    assert utilities.Config.load(tmp_path / 'soup/config.json') == CONFIG
+    soup = utilities.load_run(tmp_path / 'soup')
+    mean = sum(utilities.load_run(run).tower.proj for run in runs) / 2
+    torch.testing.assert_close(soup.tower.proj, mean)
+    vectors = utilities.embed(soup, train)
+    assert utilities.mean_precision_at_5(vectors, train['label'], vectors, train['label'], exclude_self=True) > .2
+    utilities.export_submission(soup, tmp_path / 'submission.zip')
+    replay = utilities.evaluate_submission(tmp_path / 'submission.zip', train, train)
+    assert replay['dim'] == 32 and np.abs(replay['query'] - vectors).max() < .05  # resized in floats there, in bytes here
+    table = utilities.list_runs(tmp_path).set_index('run')
+    assert table['method'].tolist() == ['training', 'training', 'uniform'] and table['mp5'].tolist()[:2] == [.4, .3]
+    assert table.loc[str(tmp_path / 'soup'), 'digest'] == utilities.file_digest(tmp_path / 'soup/model.safetensors')[:12]
