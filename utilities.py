@@ -1090,7 +1090,7 @@ def launch(function, *arguments, processes=None):
                         os.kill(child.pid, signal.SIGINT)
                 pressed.clear()
         reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob('error*'))]
-        errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports]
+        errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports if not LOST.search(words[0])]
         whole = len(list(Path(folder).glob('done*'))) == count
     if errors or refused:
         raise next((error for error in errors if isinstance(error, Stopped)), (errors + refused)[0])
@@ -1101,21 +1101,24 @@ def launch(function, *arguments, processes=None):
 
 def _quietly(refused, launcher, *arguments, **options):
     """Runs the launcher; what its processes raised is in their reports, what it refuses itself is added to `refused`."""
-    logger = logging.getLogger('torch.distributed.elastic')
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ('torch.distributed.elastic', 'torch.multiprocessing')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         launcher(*arguments, **options)
     except ValueError as error:
         refused.append(error)
     except Exception as error:
-        logger.debug('%s', error)
+        loggers[0].debug('%s', error)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 REPORTED = {kind.__name__: kind for kind in (Stopped, ValueError, FileNotFoundError, OSError, MemoryError,
                                              FloatingPointError, KeyboardInterrupt)}
+LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
 
 
 def _reporting(folder, function, *arguments):
