@@ -2,6 +2,7 @@
 
 TORCH111 names the Python of an environment with torch 1.11.0 and torchvision 0.12.0; without it those tests skip.
 """
+import math
 import os
 import re
 import subprocess
@@ -221,6 +222,29 @@ def test_padding_keeps_the_aspect_and_borders_with_the_mean_colour():
     torch.testing.assert_close(padded, squashed, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('height, width', [(45, 70), (70, 45), (61, 50), (1, 300), (300, 1), (40, 41), (3, 5)])
+def test_a_padded_photograph_is_scaled_to_its_longer_side_and_centred(height, width):
+    side, image = 32, photograph((height, width)).float()
+    border = torch.tensor([10., 20., 30.]).view(3, 1, 1)
+    h, w = (max(2, math.floor(length * side / max(height, width) + .5)) for length in (height, width))
+    expected = border.expand(1, 3, side, side).clone()
+    small = F.interpolate(image, (h, w), mode='bicubic', antialias=True).clamp(0, 255)
+    expected[:, :, (side - h) // 2:(side - h) // 2 + h, (side - w) // 2:(side - w) // 2 + w] = small
+    torch.testing.assert_close(utilities._letterbox(image, side, border), expected, rtol=0, atol=1e-4)
+
+
+def test_each_member_weighs_the_same_however_its_looks_differ():
+    members, image = [clip(dim=8), clip(dim=8, seed=1)], photograph((45, 70))
+    found = outputs(utilities.Submission(members, flip=True, sizes=(1, 1.5)).eval(), [image])
+    torch.testing.assert_close(found.view(2, 8).norm(dim=1), torch.full((2,), .5 ** .5))
+
+
+def test_another_size_is_a_whole_number_of_patches():
+    larger = utilities._at_size(clip(dim=8), 1.3)
+    assert larger.spec.image_size == 40  # 41.6 asked for, patches of 8
+    assert larger.eval()(photograph((40, 40))).shape == (1, 8)
+
+
 def test_several_sizes_are_the_mean_over_towers_with_open_clips_resized_positions():
     member, image = clip(dim=8), photograph((45, 70))
     larger = clip(dim=8, size=48)
@@ -373,6 +397,13 @@ def test_an_unusable_model_is_one_sentence_and_an_existing_submission_stays(case
     assert path.read_bytes() == b'the last good one' and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_of_a_newer_version_than_the_host_reads_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(utilities, 'HOST_ARCHIVE', 2)
+    with pytest.raises(ValueError, match='has version . and PyTorch 1.11 reads up to 2'):
+        utilities.export_submission(clip(), tmp_path / 'submission.zip')
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_of_a_model_without_embedders_is_refused(tmp_path):
     with pytest.raises(ValueError, match='towers of Embedders'):
         utilities.export_submission(Norm(), tmp_path / 'submission.zip', half=True)
@@ -392,6 +423,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeyp
     monkeypatch.setattr(torch.jit, 'save', full)
     (tmp_path / 'submission.zip').write_bytes(b'the last good one')
     with pytest.raises(OSError, match='PytorchStreamWriter failed writing file.*room for the weights'):
+        utilities.export_submission(clip(), tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'the last good one']
+
+
+def test_a_rename_that_fails_leaves_the_submission_that_was_there(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    (tmp_path / 'submission.zip').write_bytes(b'the last good one')
+    with pytest.raises(OSError, match='submission.zip cannot be written .No space left on device.: choose a writable'):
         utilities.export_submission(clip(), tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'the last good one']
 
