@@ -1127,7 +1127,7 @@ def launch(function, *arguments, processes=None):
                         os.kill(child.pid, signal.SIGINT)
                 pressed.clear()
         reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob('error*'))]
-        errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports]
+        errors = [REPORTED.get(name, RuntimeError)(*words) for name, words in reports if not LOST.search(words[0])]
         whole = len(list(Path(folder).glob('done*'))) == count
     if errors or refused:
         raise next((error for error in errors if isinstance(error, Stopped)), (errors + refused)[0])
@@ -1138,21 +1138,24 @@ def launch(function, *arguments, processes=None):
 
 def _quietly(refused, launcher, *arguments, **options):
     """Runs the launcher; what its processes raised is in their reports, what it refuses itself is added to `refused`."""
-    logger = logging.getLogger('torch.distributed.elastic')
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ('torch.distributed.elastic', 'torch.multiprocessing')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         launcher(*arguments, **options)
     except ValueError as error:
         refused.append(error)
     except Exception as error:
-        logger.debug('%s', error)
+        loggers[0].debug('%s', error)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 REPORTED = {kind.__name__: kind for kind in (Stopped, ValueError, FileNotFoundError, OSError, MemoryError,
                                              FloatingPointError, KeyboardInterrupt)}
+LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
 
 
 def _reporting(folder, function, *arguments):
@@ -2192,18 +2195,25 @@ def weight_cosines(paths, base):
 def soup_metadata(paths, method, *, scores=None, **extra):
     """Metadata for save_state -> {str: str}: method, ingredients (run, SHA-256, score), their spec.
 
-    `scores` in the order of the paths, or else what the files' own metadata holds. `extra` (alpha, weights,
-    config, …) is stored as JSON unless it is text.
+    `scores` in the order of the paths, or else recorded_score's. `extra` (alpha, weights, config, …) is stored
+    as JSON unless it is text.
     """
     checkpoints = [open_checkpoint(path) for path in paths]
     if scores is None:
-        scores = [json.loads(checkpoint.metadata.get('scores', 'null')) for checkpoint in checkpoints]
+        scores = [recorded_score(checkpoint.path) for checkpoint in checkpoints]
     ingredients = [{'run': _run_name(checkpoint.path), 'sha256': file_digest(checkpoint.path), 'score': score}
                    for checkpoint, score in zip(checkpoints, scores, strict=True)]
     fields = {'method': method, 'ingredients': ingredients, **extra}
     if specs := [checkpoint.metadata['spec'] for checkpoint in checkpoints if 'spec' in checkpoint.metadata]:
         fields['spec'] = specs[0]  # the original authors' files have none
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+
+
+def recorded_score(file):
+    """mP@5 at 64 dimensions that a run left in scores.csv beside its checkpoint file; None without."""
+    scores = Path(file).with_name('scores.csv')
+    found = pd.read_csv(scores).query('dim == 64')['mp5'] if scores.exists() else ()
+    return float(found.iloc[-1]) if len(found) else None
 
 
 def save_run(run_dir, model, config, *, state=None, **facts):
@@ -2263,11 +2273,10 @@ def list_runs(root):
         if file.parent.parent.name == 'state':
             continue
         metadata = open_checkpoint(file).metadata
-        config, scores = json.loads(metadata.get('config', '{}')), file.with_name('scores.csv')
-        score = pd.read_csv(scores).query('dim == 64')['mp5'] if scores.exists() else []
+        config, score = json.loads(metadata.get('config', '{}')), recorded_score(file)
         rows.append({'run': str(file.parent), **{name: config.get(name) for name in (
             'model_name', 'image_size', 'augmentation', 'seed', 'epochs')}, 'method': metadata.get('method', 'training'),
-            'mp5': score.iloc[-1] if len(score) else np.nan, 'digest': file_digest(file)[:12]})
+            'mp5': np.nan if score is None else score, 'digest': file_digest(file)[:12]})
     return pd.DataFrame(rows)
 
 
@@ -2567,9 +2576,18 @@ def read_vocabulary(source):
     return frame[~blank & ~again].reset_index(drop=True)
 
 
+def kind_weights(kinds, weights):
+    """How much each name counts by its kind: float64 (n,), 1 for kinds that `weights` {kind: number} does not name."""
+    if unknown := sorted(set(weights) - set(kinds)):
+        raise ValueError(f'The vocabulary has no kind {unknown[0]!r} to weigh; its kinds are {", ".join(pd.unique(kinds))}.')
+    return kinds.map(weights).fillna(1).to_numpy(np.float64)
+
+
 def text_vectors(encode, names, templates=TEMPLATES):
     """Mean over the templates of each name's unit text vector, again of length 1: float32 (n, d)."""
     names = list(names)
+    if wrong := [template for template in templates if '{}' not in template]:
+        raise ValueError(f'The template {wrong[0]!r} has no {{}} for the name.')
     return l2_normalise(sum(l2_normalise(encode([template.format(name) for name in names])) for template in templates))
 
 
@@ -3021,7 +3039,11 @@ def _compare(model, file, tolerance):
 def _save_traced(model, variant, file, tolerance):
     """Write a checked trace of `variant`, a form of `model`; returns (dimensions, difference from `model`)."""
     example = torch.randint(256, (1, 3, 37, 53), dtype=torch.uint8)
-    vector = model(example)
+    try:
+        vector = model(example)
+    except RuntimeError as error:
+        raise ValueError(f'The host cannot use this model: a uint8 photograph {tuple(example.shape)} stops it with '
+                         f'"{str(error).strip().splitlines()[-1]}".') from error
     _check_vector(vector)
     with PlainOperators():
         traced = torch.jit.trace(variant, example, check_trace=False)
@@ -3068,6 +3090,8 @@ def export_submission(model, path, *, half=False):
 
 
 def _load_submission(zip_path):
+    if not Path(zip_path).is_file():
+        raise FileNotFoundError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
     try:
         with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, \
                 warnings.catch_warnings():
@@ -3078,20 +3102,48 @@ def _load_submission(zip_path):
                          'saved_model.pt at its root, as export_submission writes it.') from error
 
 
-def _read_as_host(path):
+@contextmanager
+def _open_as_host(path):
     try:
-        return PILToTensor()(Image.open(path).convert('RGB'))
-    except OSError as error:
+        with Image.open(path) as photograph:
+            yield photograph
+    except Exception as error:  # decoders raise anything
         raise OSError(f'{path} is not a readable photograph ({error}): leave it out of the frame.') from error
+
+
+def _read_as_host(path):
+    with _open_as_host(path) as photograph:
+        return PILToTensor()(photograph.convert('RGB'))
 
 
 def _batches_of_one_size(paths, most=32):
     """Lists of at most `most` positions in `paths` whose photographs have the same width and height."""
     sizes = {}
     for position, path in enumerate(paths):
-        with Image.open(path) as photograph:
+        with _open_as_host(path) as photograph:
             sizes.setdefault(photograph.size, []).append(position)
     return [group[i:i + most] for group in sizes.values() for i in range(0, len(group), most)]
+
+
+def _host_vectors(model, zip_path, paths):
+    """What the host takes of the output for photographs of one size: a row for each, flattened; (n, dim)."""
+    photographs = torch.stack([_read_as_host(path) for path in paths])
+    output, wrong = None, ''
+    try:
+        output = model(photographs)
+    except RuntimeError as error:
+        wrong = f'stops with "{str(error).strip().splitlines()[-1]}"'
+    shape = getattr(output, 'shape', ())
+    if not wrong and (len(shape) < 2 or shape[0] != len(paths)):
+        wrong = f'returns {f"the shape {list(shape)}" if shape else type(output).__name__}'
+    elif not wrong and shape[1:].numel() > HOST_DIM:
+        wrong = f'gives {shape[1:].numel()} dimensions'
+    elif not wrong and not output.isfinite().all():
+        wrong = 'returns NaN or infinite values'
+    if wrong:
+        raise ValueError(f'{zip_path} {wrong} for {len(paths)} photographs such as {paths[0]}; the host takes one row of at '
+                         f'most {HOST_DIM} finite numbers for each: export the model again.')
+    return output.flatten(1).numpy()
 
 
 def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limit=None):
@@ -3108,19 +3160,19 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limi
     batches = _batches_of_one_size(paths) if quick else [[position] for position in range(len(paths))]
     with torch.no_grad(), progress_bar(total=len(paths), unit=' photographs') as progress:
         for batch in batches:
-            outputs = model(torch.stack([_read_as_host(paths[position]) for position in batch]))
-            for position, output in zip(batch, outputs, strict=False):
-                vectors[position] = output.flatten().numpy()
+            found = _host_vectors(model, zip_path, [paths[position] for position in batch])
+            for position, vector in zip(batch, found, strict=True):
+                vectors[position] = vector
             progress.update(len(batch))
-    rate, vectors = len(paths) / (time.perf_counter() - start), np.stack(vectors)
-    hours, dim = HOST_IMAGES / rate / 3600, vectors.shape[1]
-    if dim > HOST_DIM:
-        raise ValueError(f'{zip_path} gives {dim} dimensions and the host takes at most {HOST_DIM}.')
+    rate = len(paths) / (time.perf_counter() - start)
+    if len({len(vector) for vector in vectors}) > 1:
+        raise ValueError(f'{zip_path} gives vectors of different lengths for different photographs: export the model again.')
+    hours, vectors = HOST_IMAGES / rate / 3600, np.stack(vectors)
     print(f'{rate:.1f} photographs/s {"in batches" if quick else "one by one"} on this machine: '
           f'{hours:.1f} h for the host\'s {HOST_IMAGES:,}, of the {HOST_HOURS} h allowed.')
     query, index = np.split(vectors, [len(frames[0])])
     mp5 = mean_precision_at_5(query, frames[0]['label'].to_numpy(), index, frames[1]['label'].to_numpy())
-    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': dim, 'query': query, 'index': index}
+    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': vectors.shape[1], 'query': query, 'index': index}
 
 
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -432,7 +432,7 @@ def test_a_csv_gives_its_rows_or_one_sentence(tmp_path, content, expected):
 def test_dropped_repetitions_and_missing_photos_are_told(tmp_path, capsys):
     make(tmp_path, ['a.jpg'])
     (tmp_path / 'set.csv').write_text('path,label\na.jpg,x\na.jpg,x\nb.jpg,x\n')
-    utilities.read_dataset(tmp_path / 'set.csv')
+    assert [os.path.basename(path) for path in utilities.read_dataset(tmp_path / 'set.csv')['path']] == ['a.jpg', 'b.jpg']
     said = capsys.readouterr().out
     assert '1 rows repeat a photo and were dropped' in said and '1 of 3 photos looked at do not exist' in said
 
@@ -585,3 +585,75 @@ def test_at_full_size_a_limited_number_of_classes_is_held_out_of_training(tmp_pa
 
 def test_kaggles_folder_of_inputs_is_searched_unless_another_is_given():
     assert inspect.signature(utilities.read_dataset).parameters['search'].default == ('/kaggle/input',)
+
+
+# The frames of a run
+
+
+def write_set(folder, name, counts):
+    make(folder, [f'photos/{label}/{number}.jpg' for label, count in counts.items() for number in range(count)])
+    lines = [f'photos/{label}/{number}.jpg,{label}' for label, count in counts.items() for number in range(count)]
+    (folder / f'{name}.csv').write_text('\n'.join(['path,label', *lines]) + '\n')
+    return str(folder / f'{name}.csv')
+
+
+def small(**changes):
+    return utilities.Config().override(**{'n_classes': 100, 'max_images': 6, 'pca_images': 20, **changes})
+
+
+def test_what_is_not_given_is_held_out_of_the_training_classes_and_no_photograph_stands_in_two_frames(tmp_path):
+    source = write_set(tmp_path, 'train', {f'c{n:02d}': 6 for n in range(30)})
+    frames = utilities.load_data(source, config=small())
+    labels = {name: set(frame['label']) for name, frame in frames.items()}
+    assert labels['query'] == labels['index'] and labels['selection_query'] == labels['selection_index']
+    apart = [labels['train'], labels['query'], labels['selection_query']]
+    assert [len(part) for part in apart] == [24, 3, 3] and len(set.union(*apart)) == 30
+    paths = pd.concat([frames[name] for name in frames if name != 'pca'])['path']
+    assert paths.is_unique and len(paths) == 180
+    assert len(frames['query']) == 6 and len(frames['index']) == 12  # of each class's six one in three is a query
+    assert len(frames['pca']) == 20 and set(frames['pca']['path']) <= set(frames['train']['path'])
+    again, other = (utilities.load_data(source, config=small(seed=seed)) for seed in (5, 6))
+    assert all(again[name].equals(frames[name]) for name in frames) and not other['query'].equals(frames['query'])
+
+
+def test_frames_that_are_given_are_taken_as_they_are_and_shared_classes_are_named(tmp_path, capsys):
+    train = write_set(tmp_path / 'a', 'train', {'x': 5, 'y': 5, 'seen': 5})
+    other = write_set(tmp_path / 'b', 'query', {'seen': 1, 'z': 2})
+    frames = utilities.load_data([train, write_set(tmp_path / 'c', 'more', {'w': 9})], other, other, (other, other),
+                                 config=small())
+    assert set(frames['train']['label']) == {'x', 'y', 'seen', 'w'} and len(frames['train']) == 21  # at most 6 of w
+    assert len(frames['query']) == len(frames['selection_index']) == 3
+    said = capsys.readouterr().out
+    assert '1 of the classes in query are trained on too' in said and 'first seen' in said
+    described = utilities.describe(frames)
+    assert described.loc['train', 'photographs'] == 21 and described.loc['query', 'classes'] == 2
+    assert described.loc['train', 'digest'] == utilities.digest(frames['train'])
+
+
+def test_a_query_without_an_index_is_one_sentence(tmp_path):
+    train = write_set(tmp_path, 'train', {'x': 5, 'y': 5})
+    with pytest.raises(ValueError, match='query and index belong together: give both, or neither'):
+        utilities.load_data(train, train, config=small())
+    with pytest.raises(ValueError, match='selection_query and selection_index belong together'):
+        utilities.load_data(train, train, train, (train, None), config=small())
+
+
+def test_a_label_seen_once_is_not_trained_on_and_as_a_query_left_out_aloud(tmp_path, capsys):
+    train = write_set(tmp_path / 'a', 'train', {'x': 5, 'once': 1})
+    query = write_set(tmp_path / 'b', 'query', {'seen': 2, 'once': 1})
+    index = write_set(tmp_path / 'c', 'index', {'seen': 3})
+    frames = utilities.load_data(train, query, index, (query, index), config=small())
+    assert set(frames['train']['label']) == {'x'}
+    vectors = {name: np.ones((len(frames[name]), 4), np.float32) for name in ('query', 'index')}
+    assert utilities.score_table('s', 'm', vectors, frames, dims=(None,))['mp5'].tolist() == [1]
+    assert '1 of 3 queries have no image of their object in the index: left out' in capsys.readouterr().out
+
+
+def test_every_photograph_below_a_folder_is_listed_however_it_is_arranged(tmp_path):
+    make(tmp_path, ['b.JPG', 'deep/er/a.png', 'notes.txt', 'deep/c.webp'])
+    frame = utilities.list_photos(tmp_path)
+    assert [os.path.relpath(path, tmp_path) for path in frame['path']] == ['b.JPG', 'deep/c.webp', 'deep/er/a.png']
+    assert frame['label'].tolist() == [tmp_path.name, 'deep', 'er']
+    for folder in (tmp_path / 'none', tmp_path / 'deep/er/a.png'):
+        with pytest.raises(FileNotFoundError, match=f'{folder} holds no photographs'):
+            utilities.list_photos(folder)

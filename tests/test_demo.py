@@ -64,6 +64,31 @@ def test_blank_and_repeated_names_are_dropped_aloud(capsys):
     assert frame['name'].tolist() == ['Pizza', 'kite'] and 'dropped 1 blank names and 1' in capsys.readouterr().out
 
 
+def test_a_name_is_the_mean_of_its_unit_vectors_in_each_template():
+    said = []
+
+    def encode(texts):
+        said.extend(texts)
+        return np.array([[len(text), 3., ord(text[0])] for text in texts], np.float32)
+
+    vectors = utilities.text_vectors(encode, pd.Series(['kite', 'pizza'], index=[7, 3]), ('a {}.', 'The {} of all'))
+    assert said == ['a kite.', 'a pizza.', 'The kite of all', 'The pizza of all']
+    for row, name in zip(vectors, ('kite', 'pizza'), strict=True):
+        parts = [np.array([len(text), 3., ord(text[0])]) for text in (f'a {name}.', f'The {name} of all')]
+        mean = sum(part / np.linalg.norm(part) for part in parts)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-6)
+    with pytest.raises(ValueError, match="template 'a thing' has no {} for the name"):
+        utilities.text_vectors(encode, ['kite'], ('a {}', 'a thing'))
+
+
+def test_kinds_weigh_what_is_asked_and_an_unknown_kind_is_named():
+    kinds = pd.Series(['dishes', 'toys', 'dishes'])
+    assert utilities.kind_weights(kinds, {'dishes': 2}).tolist() == [2, 1, 2]
+    assert utilities.kind_weights(kinds, {}).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="no kind 'dish' to weigh; its kinds are dishes, toys"):
+        utilities.kind_weights(kinds, {'dish': 2})
+
+
 @pytest.mark.parametrize('content', ['[1, 2]', '{"a": 1}', 'no json'])
 def test_another_file_is_no_vocabulary(content, tmp_path):
     (tmp_path / 'v.json').write_text(content)

@@ -2,6 +2,7 @@
 
 TORCH111 names the Python of an environment with torch 1.11.0 and torchvision 0.12.0; without it those tests skip.
 """
+import math
 import os
 import re
 import subprocess
@@ -221,6 +222,29 @@ def test_padding_keeps_the_aspect_and_borders_with_the_mean_colour():
     torch.testing.assert_close(padded, squashed, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('height, width', [(45, 70), (70, 45), (61, 50), (1, 300), (300, 1), (40, 41), (3, 5)])
+def test_a_padded_photograph_is_scaled_to_its_longer_side_and_centred(height, width):
+    side, image = 32, photograph((height, width)).float()
+    border = torch.tensor([10., 20., 30.]).view(3, 1, 1)
+    h, w = (max(2, math.floor(length * side / max(height, width) + .5)) for length in (height, width))
+    expected = border.expand(1, 3, side, side).clone()
+    small = F.interpolate(image, (h, w), mode='bicubic', antialias=True).clamp(0, 255)
+    expected[:, :, (side - h) // 2:(side - h) // 2 + h, (side - w) // 2:(side - w) // 2 + w] = small
+    torch.testing.assert_close(utilities._letterbox(image, side, border), expected, rtol=0, atol=1e-4)
+
+
+def test_each_member_weighs_the_same_however_its_looks_differ():
+    members, image = [clip(dim=8), clip(dim=8, seed=1)], photograph((45, 70))
+    found = outputs(utilities.Submission(members, flip=True, sizes=(1, 1.5)).eval(), [image])
+    torch.testing.assert_close(found.view(2, 8).norm(dim=1), torch.full((2,), .5 ** .5))
+
+
+def test_another_size_is_a_whole_number_of_patches():
+    larger = utilities._at_size(clip(dim=8), 1.3)
+    assert larger.spec.image_size == 40  # 41.6 asked for, patches of 8
+    assert larger.eval()(photograph((40, 40))).shape == (1, 8)
+
+
 def test_several_sizes_are_the_mean_over_towers_with_open_clips_resized_positions():
     member, image = clip(dim=8), photograph((45, 70))
     larger = clip(dim=8, size=48)
@@ -358,6 +382,7 @@ UNUSABLE = {
     'newer operator': (Norm, 'no operator rms_norm, which inner.2 uses'),
     'frozen decision': (lambda: Answer(lambda x: F.normalize(x.mean((2, 3)) - (9 if x.shape[2] < 9 else 900))),
                         'a trace freezes'),
+    'no photographs': (lambda: nn.Linear(3, 3), r'uint8 photograph \(1, 3, 37, 53\) stops it with'),
 }
 
 
@@ -370,6 +395,13 @@ def test_an_unusable_model_is_one_sentence_and_an_existing_submission_stays(case
         utilities.export_submission(build(), path)
     assert '\n' not in str(error.value)
     assert path.read_bytes() == b'the last good one' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_a_newer_version_than_the_host_reads_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(utilities, 'HOST_ARCHIVE', 2)
+    with pytest.raises(ValueError, match='has version . and PyTorch 1.11 reads up to 2'):
+        utilities.export_submission(clip(), tmp_path / 'submission.zip')
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_of_a_model_without_embedders_is_refused(tmp_path):
@@ -391,6 +423,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeyp
     monkeypatch.setattr(torch.jit, 'save', full)
     (tmp_path / 'submission.zip').write_bytes(b'the last good one')
     with pytest.raises(OSError, match='PytorchStreamWriter failed writing file.*room for the weights'):
+        utilities.export_submission(clip(), tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'the last good one']
+
+
+def test_a_rename_that_fails_leaves_the_submission_that_was_there(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    (tmp_path / 'submission.zip').write_bytes(b'the last good one')
+    with pytest.raises(OSError, match='submission.zip cannot be written .No space left on device.: choose a writable'):
         utilities.export_submission(clip(), tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'the last good one']
 
@@ -462,23 +505,57 @@ def test_a_file_that_is_no_submission_is_one_sentence(world, tmp_path):
             utilities.evaluate_submission(tmp_path / name, query, index)
 
 
-def test_a_submission_that_is_too_wide_is_refused_by_its_number_of_dimensions(world, tmp_path):
+UNFIT = {  # what a stranger's file returns for float (n, 3, h, w), what the sentence says
+    'too wide': (lambda x: x.mean((2, 3)).repeat(1, 30), 'gives 90 dimensions'),
+    'NaN': (lambda x: x.mean((2, 3)) / 0 * 0, 'returns NaN or infinite values'),
+    'no batch axis': (lambda x: x.mean((0, 2, 3)), r'returns the shape \[3\]'),
+    'a dictionary': (lambda x: {'vector': x.mean((2, 3))}, 'returns dict'),
+    'two vectors': (lambda x: x.mean((2, 3)).repeat(2, 1), r'returns the shape \[\d+, 3\]'),
+    'an error': (lambda x: x.view(7, -1), 'stops with ".*shape'),
+}
+
+
+@pytest.mark.parametrize('quick', [False, True])
+@pytest.mark.parametrize('case', UNFIT)
+def test_a_submission_that_the_host_cannot_use_is_one_sentence(case, quick, world, tmp_path):
     _, query, index = world
-    wide = torch.jit.trace(Answer(lambda x: x.mean((2, 3)).repeat(1, 30)), photograph((5, 5)))
-    wide.save(str(tmp_path / 'saved_model.pt'))
-    with zipfile.ZipFile(tmp_path / 'wide.zip', 'w') as archive:
+    function, sentence = UNFIT[case]
+    traced = torch.jit.trace(Answer(function), photograph((5, 7)), strict=False, check_trace=False)
+    traced.save(str(tmp_path / 'saved_model.pt'))
+    with zipfile.ZipFile(tmp_path / 'unfit.zip', 'w') as archive:
         archive.write(tmp_path / 'saved_model.pt', 'saved_model.pt')
-    with pytest.raises(ValueError, match='wide.zip gives 90 dimensions and the host takes at most 64'):
-        utilities.evaluate_submission(tmp_path / 'wide.zip', query, index)
+    with pytest.raises(ValueError, match=f'unfit.zip {sentence}.* at most 64 finite numbers') as error:
+        utilities.evaluate_submission(tmp_path / 'unfit.zip', query, index, quick=quick)
+    assert '\n' not in str(error.value) and query['path'].iloc[0] in str(error.value)
 
 
-def test_an_unreadable_photograph_is_named(world, tmp_path):
+def test_vectors_whose_length_follows_the_photograph_are_refused(world, tmp_path):
+    class Column(nn.Module):
+        def forward(self, photograph: torch.Tensor):
+            return photograph[:, 0, :, 0].float()
+
+    torch.jit.script(Column()).save(str(tmp_path / 'saved_model.pt'))
+    with zipfile.ZipFile(tmp_path / 'unfit.zip', 'w') as archive:
+        archive.write(tmp_path / 'saved_model.pt', 'saved_model.pt')
+    with pytest.raises(ValueError, match='unfit.zip gives vectors of different lengths'):
+        utilities.evaluate_submission(tmp_path / 'unfit.zip', *world[1:])
+
+
+def test_an_absent_submission_is_named(world, tmp_path):
+    for path in (tmp_path / 'none.zip', tmp_path):
+        with pytest.raises(FileNotFoundError, match=f'no submission {path}: check the path'):
+            utilities.evaluate_submission(path, *world[1:])
+
+
+@pytest.mark.parametrize('quick', [False, True])
+@pytest.mark.parametrize('name', ['torn.jpg', 'absent.jpg', 'cut.png'])
+def test_an_unreadable_photograph_is_named(world, tmp_path, name, quick):
     zip_path, query, index = world
     (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff')
-    query = pd.concat([query, pd.DataFrame([{'path': str(tmp_path / 'torn.jpg'), 'label': 'object 1'}])])
-    for quick in (False, True):
-        with pytest.raises(OSError, match='torn.jpg'):
-            utilities.evaluate_submission(zip_path, query, index, quick=quick)
+    (tmp_path / 'cut.png').write_bytes(Path(index['path'].iloc[0]).read_bytes()[:-500])
+    query = pd.concat([query, pd.DataFrame([{'path': str(tmp_path / name), 'label': 'object 1'}])])
+    with pytest.raises(OSError, match=f'{name} is not a readable photograph .*leave it out of the frame'):
+        utilities.evaluate_submission(zip_path, query, index, quick=quick)
 
 
 if __name__ == '__main__':

@@ -329,6 +329,19 @@ def test_a_killed_process_is_one_sentence_and_does_not_leave_the_others_waiting(
     assert time.time() - started < 50
 
 
+def _die_while_the_other_waits_for_it():
+    rank, _ = utilities.own_share()
+    torch.distributed.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def test_the_reason_is_the_killed_process_and_not_the_lost_connection_to_it(tmp_path):
+    assert 'One of 2 processes was killed, most likely for want of memory' in said(
+        _die_while_the_other_waits_for_it, folder=tmp_path)
+
+
 def test_every_process_is_launched_once(tmp_path):
     in_a_child(functools.partial(utilities.launch, processes=2), _count, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

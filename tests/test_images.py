@@ -290,6 +290,38 @@ def test_reduced_jpeg_decoding_stays_within_two_levels(tmp_path, width, height, 
     assert 0 < difference(image, expected) <= 2  # 0: it was not reduced
 
 
+@pytest.mark.parametrize(
+    'width, height, size, decoded',
+    [
+        (640, 640, 321, (640, 640)),  # half would leave less than twice 321
+        (640, 640, 320, (640, 640)),
+        (640, 640, 160, (320, 320)),
+        (640, 640, 161, (640, 640)),
+        (640, 427, 80, (320, 214)),  # the shorter side decides
+        (640, 427, 53, (160, 107)),
+        (427, 640, 54, (214, 320)),
+        (1600, 1203, 50, (200, 151)),
+        (1600, 1203, 10, (200, 151)),  # an eighth is the least there is
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_twice_the_side(
+    tmp_path, monkeypatch, width, height, size, decoded
+):
+    seen, squash = [], utilities._squash
+    monkeypatch.setattr(
+        utilities, '_squash', lambda image, *rest: (seen.append(image.size), squash(image, *rest))[1]
+    )
+    Image.new('RGB', (width, height), 'red').save(tmp_path / 'photo.jpg')
+    assert utilities.read_photo(tmp_path / 'photo.jpg', size).size == (size, size)
+    assert seen == [decoded]
+
+
+@pytest.mark.parametrize('side, size', [(47, 96), (49, 16), (55, 224), (83, 224), (98, 16)])
+def test_a_side_whose_scale_rounds_down_still_gives_the_whole_square(side, size):
+    square = utilities._squash(Image.new('RGB', (side, side)), size, (0, 0, side, side))
+    assert square.size == (size, size)
+
+
 def test_reduced_decoding_does_not_shift_the_picture(tmp_path):
     ramp = np.repeat(np.linspace(0, 255, 205)[None, :, None], 205, 0).repeat(
         3, 2
@@ -473,6 +505,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(frame):
         [utilities.Photos(frame, 8, 'cutout', seed=6)[1, index]['image'] for index in range(24)],
     ):
         assert sum(map(torch.equal, first, other)) < 12
+
+
+def test_one_photograph_in_two_rows_is_augmented_in_two_ways(frame):
+    frame['path'] = frame['path'][0]
+    photos = utilities.Photos(frame, 8, 'cutout', seed=5)
+    first, *others = [photos[index]['image'] for index in range(24)]
+    assert sum(torch.equal(first, other) for other in others) < 12
 
 
 def test_neither_making_nor_using_a_loader_touches_the_global_generator(frame):

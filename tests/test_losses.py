@@ -21,13 +21,29 @@ def slow_arcface(cosine, labels, margins, scale):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize('seed', range(5))
-def test_arcface_equals_a_row_by_row_reference(seed):
+@pytest.mark.parametrize('seed, scale', enumerate([30., 30., 30., 16., 64.]))
+def test_arcface_equals_a_row_by_row_reference(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     cosine = torch.rand(16, 7, generator=generator) * 1.98 - .99
     labels, margins = torch.randint(7, (16,), generator=generator), torch.rand(7, generator=generator) * .5
-    loss = utilities.arcface_loss(cosine, labels, margins, scale=30.)
-    assert loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, 30.), rel=1e-5)
+    loss = utilities.arcface_loss(cosine, labels, margins, scale=scale)
+    assert loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, scale), rel=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_arcface_computes_in_float32_whatever_the_cosines_are(dtype):
+    cosine = (torch.rand(16, 7, generator=torch.Generator().manual_seed(0)) * 1.98 - .99).to(dtype)
+    labels, margins = torch.arange(16) % 7, torch.linspace(.05, .5, 7)
+    loss = utilities.arcface_loss(cosine, labels, margins)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, 30.), rel=1e-5)
+
+
+def test_the_cosine_keeps_its_digits_under_mixed_precision():
+    head = utilities.SubcenterHead(8, 5, dim=32)
+    embedding = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cosine = head.cosine(embedding)
+    assert cosine.dtype == torch.float32 and torch.allclose(cosine, head.cosine(embedding), atol=1e-6)
 
 
 def test_arcface_gradient_equals_finite_differences():

@@ -92,6 +92,17 @@ def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     assert found[:, 0].tolist() == [1, 0]
 
 
+def test_ties_behind_an_excluded_row_go_to_the_smaller_index():
+    """The excluded row takes a place in the shortlist; more groups than are left there are equally far."""
+    query = normal(0, 1, 64)
+    index = np.concatenate([query + 1, normal(1, 3000, 64) + 5, query])
+    index[utilities.GROUP:3000:utilities.GROUP + 1] = query + 1
+    _, found = nearest_neighbours(query, index, 1, exclude=[3001])
+    assert found.tolist() == [[0]]
+    for k in (1, 2, 5):
+        assert_neighbours(query, index, k, exclude=[3001])
+
+
 def test_more_queries_than_are_searched_at_once_keep_their_own_rows():
     query, index = normal(0, 8200, 4), normal(1, 50, 4)
     exclude = np.arange(8200) % 50
@@ -271,3 +282,24 @@ def test_the_bootstrap_is_paired_and_leaves_out_unjudged_queries():
     assert paired_bootstrap(first, second, ['a', 'b'] * 26) == pytest.approx((0.1, 0.1, 0.1))
     with pytest.raises(ValueError, match='52 queries but 3 groups'):
         paired_bootstrap(first, second, ['a', 'b', 'c'])
+
+
+def test_scores_at_full_width_and_through_a_projection_have_a_row_each():
+    rng = np.random.default_rng(0)
+    centres, labels = rng.standard_normal((12, 80)), np.arange(120) % 12
+    vectors = (centres[labels] + rng.standard_normal((120, 80))).astype(np.float32)
+    parts = {'pca': vectors, 'query': vectors[:24], 'index': vectors[24:]}
+    parts |= {'selection_query': vectors[24:48], 'selection_index': vectors[:24]}
+    frames = {'query': labels[:24], 'index': labels[24:], 'selection_query': labels[24:48], 'selection_index': labels[:24]}
+    frames = {name: pd.DataFrame({'label': part}) for name, part in frames.items()}
+    table = utilities.score_table('soup', 'mine', parts, frames, dims=(None, 64, 3), seconds=7)
+    assert list(table.columns) == ['stage', 'model', 'dim', 'mp5', 'seconds'] and table['dim'].tolist() == [80, 64, 3]
+    query, index = (utilities.l2_normalise(utilities.fit_pca(vectors, 3)(part)) for part in (vectors[:24], vectors[24:]))
+    assert table['mp5'].tolist()[::2] == [
+        mean_precision_at_5(parts['query'], labels[:24], parts['index'], labels[24:]),
+        mean_precision_at_5(query, labels[:24], index, labels[24:])]
+    random_ways = utilities.score_table('', '', parts, frames, dims=(3,), projection=lambda dim: utilities.random_projection(
+        80, dim))
+    assert random_ways['mp5'].iloc[0] < table['mp5'].iloc[2]
+    chosen = utilities.score_table('', '', parts, frames, dims=(None,), split='selection_')
+    assert chosen['mp5'].iloc[0] == mean_precision_at_5(vectors[24:48], labels[24:48], vectors[:24], labels[:24])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_training import CONFIG, new_model
 
 import utilities
 
@@ -425,12 +426,12 @@ def test_greedy_soup_stops_early_on_mismatch_and_on_a_score_of_nan(tmp_path):
 
 def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(utilities, 'CHUNK', 5)
-    steps = {'tower.steps': torch.tensor(3)}
-    base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | steps
-    states = [random_state(seed) | steps for seed in range(3)]
-    states.append({name: base.get(name, x) for name, x in states[0].items()})
+    counter = 'tower.bn.num_batches_tracked'
+    base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | {counter: torch.tensor(3)}
+    states = [random_state(seed) | {counter: torch.tensor(10 * seed)} for seed in range(3)]
+    states.append({name: base.get(name, x) for name, x in states[0].items()})  # as it was before training
     table = utilities.weight_cosines(written(tmp_path, states), base)
-    floats = [name for name in base if name != 'tower.steps']
+    floats = [name for name in base if name != counter]
     origin, *towers = [np.concatenate([state[name].double().numpy().ravel() for name in floats])
                        for state in (base, *states)]
     changes = [tower - origin for tower in towers]
@@ -443,8 +444,10 @@ def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
         utilities.weight_cosines([tmp_path / 'run0/model.safetensors'], {'proj': torch.zeros(8, 4)})
 
 
-def test_the_line_between_two_ingredients_shows_a_barrier(tmp_path):
+def test_the_line_between_two_ingredients_shows_a_barrier_and_begins_at_the_first(tmp_path):
     paths = written(tmp_path, [{'tower.a': torch.tensor([value])} for value in (0., 1.)])
+    values = utilities.path_scores(*paths, lambda state: state['tower.a'].item(), points=3)
+    np.testing.assert_array_equal(values, [[0, 0], [.5, .5], [1, 1]])
     table = utilities.path_scores(*paths, lambda state: abs(state['tower.a'].item() - .5))
     assert table.columns.tolist() == ['alpha', 'score']
     np.testing.assert_array_equal(table, [[0, .5], [.25, .25], [.5, 0], [.75, .25], [1, .5]])
@@ -453,7 +456,8 @@ def test_the_line_between_two_ingredients_shows_a_barrier(tmp_path):
 
 
 def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
-    paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC, scores={'mp5': .5})
+    paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC)
+    (paths[0].parent / 'scores.csv').write_text('stage,dim,mp5\nuntrained,64,.3\ningredient,512,.6\ningredient,64,.5\n')
     metadata = utilities.soup_metadata(paths, 'wise-ft', alpha=.6, note='text')
     soup = tmp_path / 'soup' / 'model.safetensors'
     utilities.save_state(utilities.average_states(paths), soup, metadata)
@@ -461,10 +465,39 @@ def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
     assert kept['method'] == 'wise-ft' and kept['alpha'] == '0.6' and kept['note'] == 'text'
     assert json.loads(kept['spec']) == SPEC
     assert json.loads(kept['ingredients']) == [
-        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': {'mp5': .5}} for i in (0, 1)]
+        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': score} for i, score in ((0, .5), (1, None))]
     torch.save(as_authors(random_state()), tmp_path / 'H_0.688')
     theirs = utilities.soup_metadata([tmp_path / 'H_0.688', paths[1]], 'uniform', scores=[.1, .2])
     ingredients = json.loads(theirs['ingredients'])
     assert [(i['run'], i['score']) for i in ingredients] == [('H_0.688', .1), ('run1', .2)]
     assert json.loads(theirs['spec']) == SPEC
     assert 'spec' not in utilities.soup_metadata([tmp_path / 'H_0.688'], 'uniform')
+
+
+def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_path):
+    runs = [tmp_path / 'none', tmp_path / 'flip']
+    for seed, run in enumerate(runs):
+        model = new_model()
+        with torch.no_grad():
+            model.tower.proj.add_(torch.randn(model.tower.proj.shape, generator=torch.Generator().manual_seed(seed)) / 50)
+        utilities.save_run(run, model, CONFIG)
+        CONFIG.save(run / 'config.json')
+        (run / 'scores.csv').write_text(f'stage,model,dim,mp5,seconds\ningredient,{run.name},64,.{seed + 3},1\n')
+    utilities.save_soup(utilities.average_states(runs), tmp_path / 'soup', runs, 'uniform', selection=.5)
+    metadata = utilities.open_checkpoint(tmp_path / 'soup').metadata
+    assert metadata['method'] == 'uniform' and metadata['selection'] == '0.5'
+    assert json.loads(metadata['ingredients']) == [
+        {'run': run.name, 'sha256': utilities.file_digest(run / 'model.safetensors'), 'score': score}
+        for run, score in zip(runs, (.3, .4), strict=True)]
+    assert utilities.Config.load(tmp_path / 'soup/config.json') == CONFIG
+    soup = utilities.load_run(tmp_path / 'soup')
+    mean = sum(utilities.load_run(run).tower.proj for run in runs) / 2
+    torch.testing.assert_close(soup.tower.proj, mean)
+    vectors = utilities.embed(soup, train)
+    assert utilities.mean_precision_at_5(vectors, train['label'], vectors, train['label'], exclude_self=True) > .2
+    utilities.export_submission(soup, tmp_path / 'submission.zip')
+    replay = utilities.evaluate_submission(tmp_path / 'submission.zip', train, train)
+    assert replay['dim'] == 32 and np.abs(replay['query'] - vectors).max() < .05  # resized in floats there, in bytes here
+    table = utilities.list_runs(tmp_path).set_index('run')
+    assert table['method'].tolist() == ['training', 'training', 'uniform'] and table['mp5'].tolist()[:2] == [.4, .3]
+    assert table.loc[str(tmp_path / 'soup'), 'digest'] == utilities.file_digest(tmp_path / 'soup/model.safetensors')[:12]
