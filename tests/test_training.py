@@ -44,7 +44,8 @@ def _child(config, train, run):
 
 
 def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
-    utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
+    fitted = new_model()
+    utilities.fit(CONFIG, fitted, train, tmp_path / 'run')
     made = {path.name for path in (tmp_path / 'run').iterdir()}
     assert made >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
     log = pd.read_csv(tmp_path / 'run/log.csv')
@@ -56,6 +57,7 @@ def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
     vectors = utilities.embed(model, train)
     assert vectors.shape == (72, 32) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(vectors, utilities.embed(fitted, train))  # so it scores the same too
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(train, tmp_path):
@@ -156,7 +158,7 @@ def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
     for batch in (8, 16):
         model = new_model(CONFIG).eval()  # without dropout
         accelerator = utilities.Accelerator(cpu=True)
-        config = CONFIG.override(batch_size=batch)
+        config = CONFIG.override(batch_size=batch, clip_norm=1e9)  # a clipped gradient would hide its scale
         optimiser = torch.optim.SGD(model.parameters(), lr=.1)
         wrapped, optimiser = accelerator.prepare(model, optimiser)
         wrapped.eval()
@@ -165,6 +167,20 @@ def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
         utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3), config)
         gradients.append(model.state_dict())
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
+
+
+@pytest.mark.parametrize('clip_norm', [.01, .1])
+def test_a_large_gradient_is_clipped_to_the_norm_that_is_set(train, clip_norm):
+    model = new_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accelerator = utilities.Accelerator(cpu=True)
+    wrapped, optimiser = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.))
+    photos = utilities.Photos(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
+    batches = list(utilities.loader(photos, 16, train=True))[:1]
+    utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3),
+                             CONFIG.override(clip_norm=clip_norm))
+    changes = [(after - start).norm() for after, start in zip(model.parameters(), before)]
+    assert torch.stack(changes).norm().item() == pytest.approx(clip_norm, rel=1e-3)
 
 
 def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weights(train, tmp_path):
