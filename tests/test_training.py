@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import demo
@@ -169,6 +170,19 @@ def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
 
+def test_each_class_trains_with_the_margin_of_its_own_number_of_photographs(train, tmp_path, monkeypatch):
+    labels = sorted(train['label'].unique())
+    most = train['label'].map({labels[3]: 2, labels[7]: 4}).fillna(6)
+    frame = train[train.groupby('label').cumcount() < most].sample(frac=1, random_state=0)
+    seen, loss = [], utilities.arcface_loss
+    monkeypatch.setattr(utilities, 'arcface_loss', lambda cosine, targets, margins, scale: (
+        seen.append(margins.tolist()), loss(cosine, targets, margins, scale))[1])
+    utilities.fit(CONFIG.override(epochs=1), new_model(), frame, tmp_path / 'run')
+    expected = np.full(12, .05)
+    expected[3], expected[7] = .5, .05 + .45 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
+    assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
+
+
 @pytest.mark.parametrize('clip_norm', [.01, .1])
 def test_a_large_gradient_is_clipped_to_the_norm_that_is_set(train, clip_norm):
     model = new_model()
@@ -190,10 +204,28 @@ def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weig
         assert kept['paths'].tolist() == train['path'].tolist() and np.array_equal(kept['vectors'], first)
     np.savez(tmp_path / 'v.npz', **{**np.load(tmp_path / 'v.npz'), 'vectors': first * 0})
     assert not utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+    backwards = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
+    assert np.allclose(backwards, first[::-1], atol=1e-6)
+    model.mean += 1
+    other = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
+    assert not np.allclose(other, backwards, atol=1e-6)
     with torch.no_grad():
         model.tower.proj.mul_(1.1)
         model.tower.proj[0, 0] += 1
-    assert utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+    assert not np.allclose(utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz'), other, atol=1e-6)
+
+
+def test_an_unreadable_photograph_has_the_vector_of_a_black_square_and_is_named(train, tmp_path, capsys):
+    (tmp_path / 'broken.jpg').write_bytes(b'not a photograph')
+    Image.new('RGB', (40, 30)).save(tmp_path / 'black.png')
+    model, frame = new_model().eval(), train.head(4).copy()
+    frame.loc[2, 'path'] = str(tmp_path / 'broken.jpg')
+    vectors = utilities.embed(model, frame)
+    assert f'1 photographs could not be read, first {tmp_path}/broken.jpg' in capsys.readouterr().out
+    frame.loc[2, 'path'] = str(tmp_path / 'black.png')
+    assert np.allclose(vectors, utilities.embed(model, frame), atol=1e-6)
+    with pytest.raises(OSError, match='More than 0 photos .max_unreadable. cannot be read'):
+        utilities.embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero():
