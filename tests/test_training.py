@@ -177,9 +177,9 @@ def test_each_class_trains_with_the_margin_of_its_own_number_of_photographs(trai
     seen, loss = [], utilities.arcface_loss
     monkeypatch.setattr(utilities, 'arcface_loss', lambda cosine, targets, margins, scale: (
         seen.append(margins.tolist()), loss(cosine, targets, margins, scale))[1])
-    utilities.fit(CONFIG.override(epochs=1), new_model(), frame, tmp_path / 'run')
-    expected = np.full(12, .05)
-    expected[3], expected[7] = .5, .05 + .45 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
+    utilities.fit(CONFIG.override(epochs=1, margin_min=.1, margin_width=.3), new_model(), frame, tmp_path / 'run')
+    expected = np.full(12, .1)
+    expected[3], expected[7] = .4, .1 + .3 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
     assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
 
 
