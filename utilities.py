@@ -1831,12 +1831,14 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
     """Vectors of photographs: float32 (n, dim), rows as in the frame.
 
     Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a
-    digest of the weights; it is used again when both agree. An unreadable photograph is named and becomes a black one.
+    digest of weights and normalisation; it is used again when all agree. An unreadable photograph is named and becomes
+    a black one.
     """
     rank, processes = own_share()
     paths = frame['path'].to_numpy(str)
     if cache:
-        key = state_digest({**dict(model.named_parameters()), 'size': torch.tensor(model.spec.image_size)})
+        numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
+        key = state_digest(numbers | {'size': torch.tensor(model.spec.image_size)})
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as kept:
             if str(kept['digest']) == key and np.array_equal(kept['paths'], paths):
                 return kept['vectors']

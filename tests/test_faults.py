@@ -282,6 +282,7 @@ def test_whichever_file_of_the_newest_state_is_cut_the_one_before_goes_on(train,
     said = capsys.readouterr().out
     assert f'{newest} cannot be read' in said and 'going on from step-00000003' in said
     assert same(expected, weights(tmp_path / 'run'))
+    assert pd.read_csv(tmp_path / 'run/log.csv')['step'].tolist() == [1, 2, 3, 4]  # the lost step stands there once
 
 
 def test_a_run_none_of_whose_states_can_be_read_does_not_begin_anew_unasked(train, tmp_path):

@@ -234,11 +234,12 @@ def _one_sgd_step(train, folder):
 def _sgd_step(train, file, batch_size):
     accelerator = utilities.Accelerator(cpu=True)
     model = new_model()
-    wrapped, optimiser = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.))
+    wrapped, optimiser = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=.1))
     photos = utilities.Photos(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
     batches = list(utilities.loader(photos, batch_size, train=True, rank=accelerator.process_index,
                                     processes=accelerator.num_processes))[:2]
-    utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3), CONFIG)
+    config = CONFIG.override(clip_norm=1e9)  # a clipped gradient would hide its scale
+    utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3), config)
     if accelerator.is_main_process:
         torch.save(model.state_dict(), file)
 

@@ -501,3 +501,40 @@ def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_pat
     table = utilities.list_runs(tmp_path).set_index('run')
     assert table['method'].tolist() == ['training', 'training', 'uniform'] and table['mp5'].tolist()[:2] == [.4, .3]
     assert table.loc[str(tmp_path / 'soup'), 'digest'] == utilities.file_digest(tmp_path / 'soup/model.safetensors')[:12]
+
+
+def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_soup(train, tmp_path):
+    model = new_model().eval()
+    with torch.no_grad():
+        for parameter in model.tower.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 20)
+    utilities.save_run(tmp_path / 'soup', model, CONFIG)
+    base, half = utilities.base_state(tmp_path / 'soup'), train.groupby('label').cumcount() < 3
+    pretrained = new_model().tower.state_dict()
+    assert_same(dict(sorted(base.items())), {f'tower.{name}': pretrained[name] for name in sorted(pretrained)})
+    frames = {'train': train, 'query': train[half], 'index': train[~half]}
+    frames |= {'selection_query': train[~half], 'selection_index': train[half]}
+    curve = utilities.sweep_alpha(base, tmp_path / 'soup', [0, 1], frames)
+    parts = frames | {'seen': train.groupby('label').head(5)}
+    for row, tower in zip(curve.itertuples(index=False), (pretrained, model.tower.state_dict()), strict=True):
+        end = new_model()
+        end.tower.load_state_dict(tower)
+        vectors = {name: utilities.embed(end, frame) for name, frame in parts.items()}
+        scores = [utilities.mean_precision_at_5(vectors[query], parts[query]['label'], vectors[index], parts[index]['label'],
+                                                query == index)
+                  for query, index in (('selection_query', 'selection_index'), ('seen', 'seen'), ('query', 'index'))]
+        assert list(row[1:]) == pytest.approx(scores, abs=1e-6)
+    assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
+    score = utilities.scorer(tmp_path / 'soup', frames)
+    assert score(model.state_dict()) == pytest.approx(curve['selection'].iloc[1])
+
+
+def test_ingredients_are_found_by_their_towers_name_or_the_notebook_to_run_is_named(tmp_path, capsys):
+    for name in ('h_none', 'h_flip', 'l_none', 'soup_h'):
+        written(tmp_path / name, [random_state()])[0].rename(tmp_path / name / 'model.safetensors')
+    (tmp_path / 'h_unfinished').mkdir()
+    assert utilities.find_ingredients(tmp_path, ['h', 'l', 'm']) == {
+        'h': [tmp_path / 'h_flip', tmp_path / 'h_none'], 'l': [tmp_path / 'l_none']}
+    assert 'm: 0 ingredients' in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match='no finished run of m or n: run train_m.ipynb'):
+        utilities.find_ingredients(tmp_path, ['m', 'n'])

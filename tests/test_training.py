@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import demo
@@ -44,7 +45,8 @@ def _child(config, train, run):
 
 
 def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
-    utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
+    fitted = new_model()
+    utilities.fit(CONFIG, fitted, train, tmp_path / 'run')
     made = {path.name for path in (tmp_path / 'run').iterdir()}
     assert made >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
     log = pd.read_csv(tmp_path / 'run/log.csv')
@@ -56,6 +58,7 @@ def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
     vectors = utilities.embed(model, train)
     assert vectors.shape == (72, 32) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(vectors, utilities.embed(fitted, train))  # so it scores the same too
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(train, tmp_path):
@@ -156,7 +159,7 @@ def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
     for batch in (8, 16):
         model = new_model(CONFIG).eval()  # without dropout
         accelerator = utilities.Accelerator(cpu=True)
-        config = CONFIG.override(batch_size=batch)
+        config = CONFIG.override(batch_size=batch, clip_norm=1e9)  # a clipped gradient would hide its scale
         optimiser = torch.optim.SGD(model.parameters(), lr=.1)
         wrapped, optimiser = accelerator.prepare(model, optimiser)
         wrapped.eval()
@@ -167,6 +170,33 @@ def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
 
+def test_each_class_trains_with_the_margin_of_its_own_number_of_photographs(train, tmp_path, monkeypatch):
+    labels = sorted(train['label'].unique())
+    most = train['label'].map({labels[3]: 2, labels[7]: 4}).fillna(6)
+    frame = train[train.groupby('label').cumcount() < most].sample(frac=1, random_state=0)
+    seen, loss = [], utilities.arcface_loss
+    monkeypatch.setattr(utilities, 'arcface_loss', lambda cosine, targets, margins, scale: (
+        seen.append(margins.tolist()), loss(cosine, targets, margins, scale))[1])
+    utilities.fit(CONFIG.override(epochs=1, margin_min=.1, margin_width=.3), new_model(), frame, tmp_path / 'run')
+    expected = np.full(12, .1)
+    expected[3], expected[7] = .4, .1 + .3 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
+    assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
+
+
+@pytest.mark.parametrize('clip_norm', [.01, .1])
+def test_a_large_gradient_is_clipped_to_the_norm_that_is_set(train, clip_norm):
+    model = new_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accelerator = utilities.Accelerator(cpu=True)
+    wrapped, optimiser = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.))
+    photos = utilities.Photos(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
+    batches = list(utilities.loader(photos, 16, train=True))[:1]
+    utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3),
+                             CONFIG.override(clip_norm=clip_norm))
+    changes = [(after - start).norm() for after, start in zip(model.parameters(), before)]
+    assert torch.stack(changes).norm().item() == pytest.approx(clip_norm, rel=1e-3)
+
+
 def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weights(train, tmp_path):
     model = new_model().eval()
     first = utilities.embed(model, train, cache=tmp_path / 'v.npz')
@@ -174,10 +204,28 @@ def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weig
         assert kept['paths'].tolist() == train['path'].tolist() and np.array_equal(kept['vectors'], first)
     np.savez(tmp_path / 'v.npz', **{**np.load(tmp_path / 'v.npz'), 'vectors': first * 0})
     assert not utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+    backwards = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
+    assert np.allclose(backwards, first[::-1], atol=1e-6)
+    model.mean += 1
+    other = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
+    assert not np.allclose(other, backwards, atol=1e-6)
     with torch.no_grad():
         model.tower.proj.mul_(1.1)
         model.tower.proj[0, 0] += 1
-    assert utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
+    assert not np.allclose(utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz'), other, atol=1e-6)
+
+
+def test_an_unreadable_photograph_has_the_vector_of_a_black_square_and_is_named(train, tmp_path, capsys):
+    (tmp_path / 'broken.jpg').write_bytes(b'not a photograph')
+    Image.new('RGB', (40, 30)).save(tmp_path / 'black.png')
+    model, frame = new_model().eval(), train.head(4).copy()
+    frame.loc[2, 'path'] = str(tmp_path / 'broken.jpg')
+    vectors = utilities.embed(model, frame)
+    assert f'1 photographs could not be read, first {tmp_path}/broken.jpg' in capsys.readouterr().out
+    frame.loc[2, 'path'] = str(tmp_path / 'black.png')
+    assert np.allclose(vectors, utilities.embed(model, frame), atol=1e-6)
+    with pytest.raises(OSError, match='More than 0 photos .max_unreadable. cannot be read'):
+        utilities.embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
 
 
 def test_the_learning_rate_warms_up_then_falls_to_zero():
