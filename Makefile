@@ -9,6 +9,11 @@ test: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
+BENCHMARKS = photo_input head neighbours soup pca submission embedding step demo_share
+
+benchmark: .venv/benchmark-ready
+	for name in $(BENCHMARKS); do .venv/bin/python benchmarks/$$name.py || exit 1; done
+
 notebooks: demo
 	.venv/bin/python demo.py publish
 
@@ -22,4 +27,8 @@ notebooks: demo
 	.venv/bin/python -m pip install --quiet --requirement requirements-test.txt
 	touch $@
 
-.PHONY: demo test notebooks
+.venv/benchmark-ready: .venv/ready benchmarks/requirements.txt
+	.venv/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt
+	touch $@
+
+.PHONY: demo test benchmark notebooks

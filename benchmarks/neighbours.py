@@ -1,26 +1,23 @@
 """Exact 5 nearest of 200,000 index vectors for 5,000 queries, 64-d float32, against faiss and scikit-learn.
 
-    python benchmarks/neighbours.py [index rows] [threads]
+    python benchmarks/neighbours.py
 
-Vectors are L2-normalised, of a decaying spectrum. Runs are interleaved; the table gives medians and each time as a
-multiple of the matrix product alone (the best tiling found, result thrown away). Checked: for 100 queries the result
-is that of float64 sorted by (distance, index), and everywhere the distances are those of faiss and scikit-learn.
+Vectors are L2-normalised, of a decaying spectrum. The bound is the matrix product alone (the best tiling found, result
+thrown away). Checked: for 100 queries the result is that of float64 sorted by (distance, index), and everywhere the
+distances are those of faiss and scikit-learn.
 """
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 import faiss
 import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utilities import l2_normalise, nearest_neighbours  # noqa: E402
+import timing  # noqa: E402
 
-REPEATS = 5
+from utilities import l2_normalise, nearest_neighbours  # noqa: E402
 
 
 def by_faiss(query, index):
@@ -48,37 +45,33 @@ def by_float64(query, index):
 
 
 def check(found, query, index):
-    distances, indices = found['utilities.nearest_neighbours']
-    np.testing.assert_array_equal(indices[:100], by_float64(query[:100], index)[1])
-    for name in ('faiss IndexFlatL2', 'scikit-learn brute force'):
-        np.testing.assert_allclose(found[name][0], distances, atol=1e-4)
-        assert (found[name][1] == indices).mean() > 0.999, f'{name} finds other neighbours'
+    distances, indices = found['ours']
+    if (indices[:100] != by_float64(query[:100], index)[1]).any():
+        raise SystemExit('Neighbours are not those of float64 sorted by (distance, index).')
+    for name in ('faiss', 'scikit-learn'):
+        timing.close(found[name][0], distances, 1e-4, f'Distances of {name}')
+        if (found[name][1] == indices).mean() < .999:
+            raise SystemExit(f'{name} finds other neighbours.')
 
 
-def main(n=200_000, threads=2):
+def main():
+    options = timing.arguments(__doc__, repeats=5, rows=(int, 200_000, 'vectors in the index'))
+    n, queries = (2000, 50) if options.quick else (options.rows, 5000)
     rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65, dtype=np.float32) ** -0.5
-    query, index = (l2_normalise(rng.standard_normal((rows, 64), dtype=np.float32) * spectrum) for rows in (5000, n))
-    torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)
-    works = {'utilities.nearest_neighbours': lambda q, x: nearest_neighbours(q, x, 5), 'faiss IndexFlatL2': by_faiss,
-             'scikit-learn brute force': by_scikit_learn, 'the matrix product alone': product_alone}
-    runs, found = {name: [] for name in works}, {}
-    with threadpool_limits(threads):
-        for _ in range(REPEATS):
-            for name, work in works.items():
-                start = time.perf_counter()
-                found[name] = work(query, index)
-                runs[name].append(time.perf_counter() - start)
+    spectrum = np.arange(1, 65, dtype=np.float32) ** -.5
+    query, index = (l2_normalise(rng.standard_normal((rows, 64), dtype=np.float32) * spectrum) for rows in (queries, n))
+    faiss.omp_set_num_threads(options.threads)
+    works = {'ours': lambda: nearest_neighbours(query, index, 5), 'faiss': lambda: by_faiss(query, index),
+             'scikit-learn': lambda: by_scikit_learn(query, index), 'product': lambda: product_alone(query, index)}
+    seconds, found = timing.interleaved(works, options.repeats)
     check(found, query, index)
-    seconds = {name: median(times) for name, times in runs.items()}
-    rival = min(seconds['faiss IndexFlatL2'], seconds['scikit-learn brute force'])
-    print(f'5-NN, 5,000 x {n:,} x 64, {threads} threads, median of {REPEATS} interleaved runs\n')
-    print('| | seconds | of the faster rival | of the product |')
-    print('| --- | --- | --- | --- |')
-    for name, value in seconds.items():
-        print(f"| {name} | {value:.2f} | {value / rival:.2f} | {value / seconds['the matrix product alone']:.2f} |")
+    faster = min(('faiss', 'scikit-learn'), key=seconds.get)
+    rows = [timing.Row(f'against {name}', seconds['ours'], seconds[name], 's', '≤ 0.90' if name == faster else '',
+                       f'product alone: {seconds["product"] / seconds[name]:.2f}') for name in ('faiss', 'scikit-learn')]
+    rows.append(timing.Row('against the matrix product alone', seconds['ours'], seconds['product'], 's', '≤ 1.3'))
+    timing.print_table(f'Exact 5-NN, {queries:,} × {n:,} × 64, {options.threads} threads, median of {options.repeats} '
+                       f'interleaved runs', rows)
 
 
 if __name__ == '__main__':
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -3,24 +3,22 @@
     python benchmarks/soup.py               # 6 GB of temporary files, about 8 GB of memory
     python benchmarks/soup.py --scale 0.1   # a tenth of the blocks
 
-Prints one table. Each measurement is a process of its own, the three kinds in turn, the files in the page cache.
+Each measurement is a process of its own, the three kinds in turn, the files in the page cache.
 Memory is the peak of RssAnon while it works, libraries included: mapped files do not count, the system can drop
 them at any time. Reading is a plain read() of every file into one small buffer.
 """
-import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
-GOALS = {'memory': .35, 'time': .8, 'reading': 1.5}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import timing  # noqa: E402
+
+import utilities  # noqa: E402
 
 
 def vit_l_state(seed, blocks, width=1024, patch=14, tokens=577, out=768, classes=0):
@@ -39,7 +37,6 @@ def vit_l_state(seed, blocks, width=1024, patch=14, tokens=577, out=768, classes
 
 
 def soup(paths):
-    import utilities
     return utilities.average_states(paths)
 
 
@@ -56,31 +53,6 @@ def reading(paths):
                 pass
 
 
-def anonymous_bytes():
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith('RssAnon'))
-
-
-def measure(work, paths):
-    """Seconds and peak RssAnon of work(paths)."""
-    import utilities  # noqa: F401  (its imports are not part of the work)
-    peaks, done = [anonymous_bytes()], threading.Event()
-
-    def watch():
-        while not done.wait(.005):
-            peaks.append(anonymous_bytes())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    result = work(paths)
-    seconds = time.perf_counter() - start
-    peaks.append(anonymous_bytes())
-    done.set()
-    watcher.join()
-    del result
-    return {'seconds': seconds, 'bytes': max(peaks)}
-
-
 def errors(paths):
     """Largest distance of the soup to the plain mean, and to the float64 mean rounded once."""
     averaged, far_plain, far_exact = soup(paths), 0., 0.
@@ -93,57 +65,55 @@ def errors(paths):
     return {'plain': far_plain, 'exact': far_exact}
 
 
-def in_process(kind, paths):
-    """Run one kind of work in a fresh process that finds utilities.py in this folder or the one above."""
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(here.parent), str(here)])}
-    command = [sys.executable, __file__, '--work', kind, *paths]
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+def in_process(options, kind, paths):
+    """Run one kind of work in a fresh process."""
+    child = timing.Child(options, kind)
+    answer = child.ask(' '.join(paths))
+    child.close()
+    return answer
 
 
-def print_table(runs, check, count, gigabytes):
-    print(f'{count} checkpoints, {gigabytes:.2f} GB together, {torch.get_num_threads()} threads, '
-          f'medians of {len(runs["soup"])} runs in turn\n')
-    middle = {kind: {key: statistics.median(run[key] for run in of_kind) for key in ('seconds', 'bytes')}
+def work(kind, paths):
+    """In a child process: seconds and peak memory, or the errors of the result."""
+    return errors(paths) if kind == 'errors' else timing.measured(lambda: WORKS[kind](paths))[0]
+
+
+WORKS = {'reading': reading, 'plain': plain, 'soup': soup}
+
+
+def rows_of(runs):
+    middle = {kind: {key: median(run[key] for run in of_kind) for key in ('seconds', 'bytes')}
               for kind, of_kind in runs.items()}
     ours, theirs, read = middle['soup'], middle['plain'], middle['reading']
-    ratios = {'memory': ours['bytes'] / theirs['bytes'], 'time': ours['seconds'] / theirs['seconds'],
-              'reading': ours['seconds'] / read['seconds']}
-    print('| soup | seconds (all runs) | peak memory, GB | ratio | goal |\n| --- | --- | --- | --- | --- |')
-    for kind, label in (('reading', 'reading the files once'), ('plain', 'torch.load all, stack, mean'),
-                        ('soup', 'average_states')):
-        seconds = ', '.join(f'{run["seconds"]:.2f}' for run in runs[kind])
-        print(f'| {label} | {middle[kind]["seconds"]:.2f} ({seconds}) | {middle[kind]["bytes"] / 1e9:.2f} | | |')
-    for name, label in (('memory', 'memory against torch.load all'), ('time', 'time against torch.load all'),
-                        ('reading', 'time against reading')):
-        print(f'| {label} | | | {ratios[name]:.2f} | ≤ {GOALS[name]} |')
-    print(f'| largest difference to the plain mean | | | {check["plain"]:.1e} | ≤ 1e-8 |')
-    print(f'| largest difference to the float64 mean, rounded | | | {check["exact"]:.1e} | 0 |')
+    return [timing.Row('peak memory, against torch.load all', ours['bytes'] / 1e9, theirs['bytes'] / 1e9, 'GB', '≤ 0.35'),
+            timing.Row('time, against torch.load all', ours['seconds'], theirs['seconds'], 's', '≤ 0.80',
+                       f'reading once: {read["seconds"] / theirs["seconds"]:.2f}'),
+            timing.Row('time, against reading the files once', ours['seconds'], read['seconds'], 's', '≤ 1.5')]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--scale', type=float, default=1., help='share of the 24 blocks')
-    parser.add_argument('--count', type=int, default=5, help='checkpoints in the soup')
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--work', choices=('soup', 'plain', 'reading', 'errors'), help=argparse.SUPPRESS)
-    parser.add_argument('paths', nargs='*', help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = timing.arguments(__doc__, repeats=3, scale=(float, 1., 'share of the 24 blocks'),
+                               count=(int, 5, 'checkpoints in the soup'))
     if options.work:
-        work = globals()[options.work]
-        print(json.dumps(work(options.paths) if options.work == 'errors' else measure(work, options.paths)))
-        return
+        return timing.answer(lambda question: work(options.work, question.split()))
+    blocks = 1 if options.quick else max(1, round(24 * options.scale))
     with tempfile.TemporaryDirectory() as folder:
         paths = [f'{folder}/{i}.pt' for i in range(options.count)]
         for i, path in enumerate(paths):
-            torch.save(vit_l_state(i, max(1, round(24 * options.scale))), path)
-        in_process('reading', paths)  # into the page cache
-        runs = {'reading': [], 'plain': [], 'soup': []}
+            torch.save(vit_l_state(i, blocks, width=64 if options.quick else 1024), path)
+        in_process(options, 'reading', paths)  # into the page cache
+        runs = {kind: [] for kind in WORKS}
         for _ in range(options.repeats):
             for kind, of_kind in runs.items():
-                of_kind.append(in_process(kind, paths))
-        print_table(runs, in_process('errors', paths), options.count, sum(map(os.path.getsize, paths)) / 1e9)
+                of_kind.append(in_process(options, kind, paths))
+        apart = in_process(options, 'errors', paths)
+        gigabytes = sum(map(os.path.getsize, paths)) / 1e9
+    timing.close(apart['plain'], 0, 1e-8, 'Soup against the plain mean')
+    timing.close(apart['exact'], 0, 0, 'Soup against the float64 mean, rounded')
+    timing.print_table(
+        f'Soup of {options.count} checkpoints of {"a tiny" if options.quick else "ViT-L"} size, {gigabytes:.2f} GB in all, '
+        f'{options.threads} threads, medians of {options.repeats} runs in turn; equal to the float64 mean, rounded',
+        rows_of(runs))
 
 
 if __name__ == '__main__':

@@ -128,6 +128,40 @@ def test_the_cosine_is_to_the_nearest_centre():
     assert torch.allclose(head.cosine(embedding), every.view(5, 2, 3).amax(2), atol=1e-6)
 
 
+def test_the_gradient_of_the_cosine_is_autograds_of_the_plain_formula():
+    torch.manual_seed(0)
+    head = utilities.SubcenterHead(4, 7, dim=6, subcenters=3)
+    embedding, weights = torch.randn(5, 6, requires_grad=True), torch.randn(5, 7)
+    head.centers.data *= torch.rand(21, 1) * 9 + .1  # of any length
+    inputs = embedding, head.centers
+    found = torch.autograd.grad((head.cosine(embedding) * weights).sum(), inputs)
+    every = torch.nn.functional.cosine_similarity(embedding[:, None], head.centers[None], dim=2)
+    expected = torch.autograd.grad((every.view(5, 7, 3).amax(2) * weights).sum(), inputs)
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_last_block_of_the_class_token_alone_changes_neither_output_nor_gradients():
+    torch.manual_seed(0)
+    whole = utilities.load_open_clip(MINIATURE, '').visual
+    tower = utilities.load_image_tower(MINIATURE)
+    images = torch.randn(3, 3, 64, 64)
+    for mode in (True, False):
+        assert torch.allclose(tower.train(mode)(images), whole.train(mode)(images), atol=1e-5)
+    for module in (tower, whole):
+        module(images).square().sum().backward()
+    for (name, one), other in zip(tower.named_parameters(), whole.parameters()):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5 * float(other.grad.abs().max()) + 1e-6), name
+
+
+def test_a_tower_that_reads_every_token_keeps_its_last_block():
+    for change in ({'pool_type': 'avg'}, {'attentional_pool': True}, {'output_tokens': True}):
+        config = {'image_size': 32, 'patch_size': 16, 'layers': 2, 'width': 64, 'head_width': 64, **change}
+        plan = {'library': 'open_clip', 'embed_dim': 32, 'vision_cfg': config, 'quick_gelu': False}
+        tower = utilities.build_tower(utilities.TowerSpec('x', 'random', 32, (.5,) * 3, (.5,) * 3, 'gelu', 32, plan))
+        assert type(tower.transformer.resblocks[-1]) is open_clip.transformer.ResidualAttentionBlock, change
+
+
 def full_size(name, image_size=224, device='meta'):
     config = open_clip.get_model_config(name)
     spec = utilities.TowerSpec(name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {

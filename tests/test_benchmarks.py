@@ -1,0 +1,43 @@
+"""Every benchmark of speed still runs and still holds its result against the reference's; ratios are not judged here."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import timing
+
+MAKEFILE = Path(__file__).resolve().parents[1] / 'Makefile'
+NAMES = next(line for line in MAKEFILE.read_text().splitlines() if line.startswith('BENCHMARKS =')).split()[2:]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
+    if name == 'neighbours':
+        pytest.importorskip('faiss', reason='faiss (benchmarks/requirements.txt) is not installed: its benchmark is untested')
+    run = subprocess.run([sys.executable, f'benchmarks/{name}.py', '--quick', '--threads', '1'], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    header = '| | ours | reference | unit | ratio | aim | reached | bound |'
+    assert header in run.stdout and run.stdout.rstrip().endswith('|')
+
+
+@pytest.mark.parametrize(('ours', 'aim', 'reached'), [
+    (.8, '≤ 0.80', 'yes'), (.81, '≤ 0.80', 'no'), (4, '≥ 4.0', 'yes'), (3.9, '≥ 4.0', 'no'), (1, '', '')])
+def test_an_aim_is_reached_from_the_right_side(ours, aim, reached):
+    assert timing.Row('work', ours, 1, 's', aim).reached == reached
+
+
+@pytest.mark.parametrize('found', [1.2, float('nan')])
+def test_another_result_ends_a_benchmark(found):
+    assert timing.close([1.05], [1], .1, 'Length') == pytest.approx(.05)
+    with pytest.raises(SystemExit, match='Length: results differ'):
+        timing.close([found], [1], .1, 'Length')
+
+
+def test_peak_memory_sees_what_is_gone_by_the_end():
+    def work():
+        held = bytearray(b'x' * 200_000_000)
+        return len(held)
+    before = timing.anonymous_memory()
+    assert timing.measured(work)[0]['bytes'] - before > 150e6
