@@ -536,5 +536,5 @@ def test_ingredients_are_found_by_their_towers_name_or_the_notebook_to_run_is_na
     assert utilities.find_ingredients(tmp_path, ['h', 'l', 'm']) == {
         'h': [tmp_path / 'h_flip', tmp_path / 'h_none'], 'l': [tmp_path / 'l_none']}
     assert 'm: 0 ingredients' in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match='no finished run of m or n: run train_m.ipynb'):
+    with pytest.raises(FileNotFoundError, match='no finished run of m or n.*: run train_m.ipynb'):
         utilities.find_ingredients(tmp_path, ['m', 'n'])

@@ -122,9 +122,20 @@ def test_two_runs_cannot_write_into_one_folder(train, tmp_path):
         utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
 
 
-def test_the_best_state_on_selection_data_is_kept(train, tmp_path):
-    scores = iter([.1, .9, .3, .2, .1, .1, .1])
-    utilities.fit(CONFIG.override(validate_every=2), new_model(), train, tmp_path / 'run', lambda model: next(scores))
+def test_the_best_state_on_selection_data_is_kept(train, tmp_path, monkeypatch):
+    scores, modes, step = iter([.1, .9, .3, .2, .1, .1, .1]), [], utilities.optimiser_step
+
+    def validate(model):
+        modes.append(model.training)
+        return next(scores)
+
+    def watched(accelerator, model, *rest):
+        modes.append(model.training)
+        return step(accelerator, model, *rest)
+
+    monkeypatch.setattr(utilities, 'optimiser_step', watched)
+    utilities.fit(CONFIG.override(validate_every=2), new_model(), train, tmp_path / 'run', validate)
+    assert modes == [True, True, False] * 6 + [False]  # dropout in every step, in no score
     metadata = utilities.open_checkpoint(tmp_path / 'run/model.safetensors').metadata
     assert json.loads(metadata['step']) == 4 and json.loads(metadata['score']) == pytest.approx(.9)
 
@@ -181,6 +192,16 @@ def test_each_class_trains_with_the_margin_of_its_own_number_of_photographs(trai
     expected = np.full(12, .1)
     expected[3], expected[7] = .4, .1 + .3 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
     assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
+
+
+def test_the_optimiser_takes_the_learning_rate_and_decay_of_each_group():
+    config, model = CONFIG.override(bands=((3, 1e-5), (6, 1e-4)), tower_decay=.02, head_decay=.003), new_model()
+    _, optimiser, _ = utilities.prepare_training(utilities.Accelerator(cpu=True), model, config, steps=10)
+    groups = utilities.param_groups(model, config)
+    assert len(groups) == len(optimiser.param_groups) >= 5
+    for group, taken in zip(groups, optimiser.param_groups):
+        assert (taken['initial_lr'], taken['weight_decay']) == (group['lr'], group['weight_decay'])
+        assert [id(parameter) for parameter in taken['params']] == [id(parameter) for parameter in group['params']]
 
 
 @pytest.mark.parametrize('clip_norm', [.01, .1])
