@@ -14,7 +14,7 @@ NAMES = next(line for line in MAKEFILE.read_text().splitlines() if line.startswi
 @pytest.mark.parametrize('name', NAMES)
 def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
     if name == 'neighbours':
-        pytest.importorskip('faiss', reason='faiss (benchmarks/requirements.txt) is not installed: its benchmark is untested')
+        pytest.importorskip('faiss', reason='without faiss (benchmarks/requirements.txt) its benchmark is untested')
     run = subprocess.run([sys.executable, f'benchmarks/{name}.py', '--quick', '--threads', '1'], capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr[-2000:]
