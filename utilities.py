@@ -7,7 +7,6 @@ import bisect
 import copy
 import difflib
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -833,6 +832,7 @@ def load_open_clip(model_name, pretrained, image_size=None):
         with _no_warnings_logged() if random else nullcontext():  # of weights that are random, as they shall be
             return open_clip.create_model(model_name, pretrained=source, force_image_size=image_size,
                                           load_weights=not random, require_pretrained=not random,
+                                          device=torch.get_default_device(),
                                           force_quick_gelu=facts[1], force_preprocess_cfg=facts[0])
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
@@ -872,9 +872,6 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     if file and not file.is_file():
         raise ValueError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
     options = {'num_classes': 0}
-    if image_size and 'img_size' in inspect.signature(timm.create_model).parameters | \
-            inspect.signature(timm.model_entrypoint(name)).parameters:
-        options['img_size'] = image_size
     tower = timm.create_model(name, pretrained=not pretrained, **options)
     facts = timm.data.resolve_model_data_config(tower)
     size = image_size or facts['input_size'][-1]
@@ -883,6 +880,7 @@ def load_timm_tower(model_name, pretrained, image_size=None):
         state = {name: tensor for name, tensor in open_checkpoint(file).items()
                  if not name.startswith(f'{classifier}.')}
         load_strictly(tower, state, file)
+    resize_tower(tower, size)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
     tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']), '', width,
@@ -919,10 +917,9 @@ def build_tower(spec):
     elif plan.get('library') == 'open_clip':
         tower = skip_unread_tokens(
             _build_vision_tower(plan['embed_dim'], CLIPVisionCfg(**plan['vision_cfg']), plan['quick_gelu']))
-        if 'stride' in plan:
-            resize_tower(tower, spec.image_size, plan['stride'])
     else:
         raise ValueError(f'{spec.model_name} cannot be rebuilt from its checkpoint alone; pass its tower along.')
+    resize_tower(tower, spec.image_size, plan.get('stride'))
     tower.spec = spec
     return tower
 
@@ -981,8 +978,6 @@ def resize(model, side, overlap=0.0):
     resize_tower(model.tower, side, stride)
     if plan.get('library') == 'open_clip':
         plan['vision_cfg']['image_size'] = side
-    elif 'img_size' in plan.get('options', {}):
-        plan['options']['img_size'] = side
     model.spec = model.tower.spec = replace(model.spec, image_size=side, architecture=plan)
 
 
@@ -1158,7 +1153,7 @@ class Embedder(nn.Module):
 
 
 BLOCK = re.compile(r'(?:resblocks|blocks|layers|stages)\.(\d+)\.')
-STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token'
+STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
                   r'|norm_pre|conv_stem|stem)(\.|$)')
 
 
@@ -1187,14 +1182,14 @@ def param_groups(model, config):
 
     The tower's blocks take the learning rates of config.bands (stretched, if the bands count other blocks than the
     tower has); what lies before the blocks takes the first band's, what follows them (final norm, projection) the last
-    one's. Biases, norms, class token and position embedding are not decayed. Returns a list of dicts: name, params,
-    names, lr, weight_decay.
+    one's. Biases, norms, class token, pooling query and position embedding are not decayed. Returns a list of dicts:
+    name, params, names, lr, weight_decay.
     """
     (blocks, depth), ends = tower_blocks(model.tower), [end for end, _ in config.bands]
     groups = {}
 
     def add(group, name, parameter, lr, decay):
-        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$', name)
+        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$|latent$', name)
         group, decay = (f'{group}, no decay', 0.0) if kept else (group, decay)
         entry = groups.setdefault(group, {'name': group, 'params': [], 'names': [], 'lr': lr, 'weight_decay': decay})
         entry['params'].append(parameter)
