@@ -1,7 +1,10 @@
 """Stages and recipes: what each trains, that stages go on where they were stopped, towers at other sizes, distillation."""
+import importlib
 import math
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -214,3 +217,27 @@ def test_margins_grow_every_epoch_also_over_stages(train, tmp_path, monkeypatch)
     steps = 4 * 2  # of an epoch, two batches a step
     assert used == pytest.approx([.275] * steps + [.375] * steps + [.475] * steps) and len(used) == 3 * steps
     assert math.isclose(utilities.adaptive_margins([6] * 12)[0].item(), .275, rel_tol=1e-6)
+
+
+
+def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(train, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend('benchmarks')
+    bench = importlib.import_module('recipes')
+    frames = {'train': train, 'pca': train, 'query': train[::6], 'index': train.drop(train.index[::6])}
+    file, made, config = tmp_path / 'results.csv', [], CONFIG.override(epochs=2, embedding_dim=64)
+
+    def make(recipe, seed):
+        made.append(recipe)
+        return bench.run(config, recipe, seed, frames, tmp_path / recipe, recipe == 'place4')
+
+    for recipe, seed in (('untrained', 5), ('place4', 5), ('lp-ft', 5), ('untrained', 6), ('place4', 5)):
+        line = dict(zip(bench.SETTING, ['tiny', 'miniature', 32, 2, 50])) | {'recipe': recipe, 'seed': seed}
+        bench.once(line, file, partial(make, recipe, seed))
+    results = pd.read_csv(file)
+    assert made == results['recipe'].tolist() == ['untrained', 'place4', 'lp-ft']
+    assert results['photographs'].tolist() == [0, 2 * 72, 2 * 72]
+    assert results[['full', 'd64']].notna().all(axis=None)
+    assert results['d64, test-time'].notna().tolist() == [False, True, False]
+    results.loc[2, 'd64'] = results.loc[1, 'd64'] + .1
+    lines = list(bench.table(pd.concat([results, results.assign(seed=6)])))
+    assert '144 photographs' in lines[1] and '| +0.100 ± 0.000 |' in lines[-1] and lines[-1].startswith('| lp-ft ')

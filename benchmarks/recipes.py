@@ -1,0 +1,139 @@
+"""Recipes against each other: the same photographs seen, several seeds, never-seen objects.
+
+    python benchmarks/recipes.py                                    # the emoji world, about 2 minutes a run on a quiet core
+    python benchmarks/recipes.py --photos FOLDER                    # and photographs, with both towers
+    python benchmarks/recipes.py --recipes place4 hi-res --seeds 5 --epochs 1
+
+FOLDER holds train.csv, query.csv and index.csv (path,label). Every run is one line of <out>/results.csv, appended when it
+is done; a run that has its line is not made again, so the bench may be stopped at any time. Prints markdown tables: mP@5 at
+the head's full width and at 64 dimensions, mean ± standard deviation over the seeds; the difference to place4 at 64
+dimensions, seed by seed; and both once more with test-time augmentation (the mean of photograph and mirror image at 1 and
+1.5 times the side), which any recipe can have: compare it within its own columns only.
+"""
+import argparse
+import shutil
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import photographs  # noqa: E402
+
+import demo  # noqa: E402  (the repository's root is not a package)
+import utilities  # noqa: E402
+
+SIZES = {'miniature': 64, 'efficientnet': 160}
+SETTING = ['world', 'tower', 'image_size', 'epochs', 'max_images']
+SCORES = ['full', 'd64', 'full, test-time', 'd64, test-time']
+
+
+def configuration(tower, out, arguments):
+    """The Config of place4 for one of the towers."""
+    if tower == 'miniature':
+        fields = demo.settings({})
+    else:
+        fields = photographs.TOWERS[tower][0] | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
+        if not Path(fields['pretrained']).exists():
+            photographs.imagenet_weights(Path(fields['pretrained']))
+    sizes = {'image_size': arguments.image_size or SIZES[tower], 'max_images': arguments.max_images}
+    return utilities.Config(**fields).override(epochs=arguments.epochs, pca_images=1000, **sizes)
+
+
+def evaluate(model, frames, test_time):
+    """{name of SCORES: mP@5 on never-seen objects}."""
+    models = {'': model}
+    if test_time:
+        models[', test-time'] = utilities.Submission([model], flip=True, sizes=(1, 1.5))
+        models[', test-time'].spec = replace(model.spec, image_size=model.spec.image_size * 3 // 2)
+    scores = {}
+    for suffix, one in models.items():
+        vectors = utilities.embed_all(one, frames)
+        width, narrow = utilities.score_table('', '', vectors, frames)['mp5']
+        scores |= {f'full{suffix}': width, f'd64{suffix}': narrow}
+    return {name: scores.get(name) for name in SCORES}
+
+
+def run(config, recipe, seed, frames, folder, test_time):
+    """One run: its scores, photographs seen, and seconds of training."""
+    started = time.time()
+    if recipe == 'untrained':
+        model, seen = utilities.Embedder(utilities.new_model(config, 1).tower), 0
+    else:
+        config = config.override(seed=seed, head_seed=seed).follow(recipe)
+        model = utilities.new_model(config, frames['train']['label'].nunique())
+        shutil.rmtree(folder, ignore_errors=True)
+        utilities.fit_stages(config, model, frames['train'], folder)
+        shutil.rmtree(folder / 'state')
+        seen = sum(stage.epochs for stage in config.each_stage()) * len(frames['train'])
+    seconds = time.time() - started
+    return evaluate(model, frames, test_time) | {'photographs': seen, 'seconds': round(seconds)}
+
+
+def once(line, file, make):
+    """Appends line | make() to a CSV, unless it has this line already; what is untrained has no seed."""
+    names = [name for name in line if name != 'seed' or line['recipe'] != 'untrained']
+    if file.exists() and (pd.read_csv(file)[names] == pd.Series(line)[names]).all(axis=1).any():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = pd.DataFrame([line | make()])
+    made.to_csv(file, mode='a', header=not file.exists(), index=False)
+
+
+def table(results):
+    """Markdown lines for every world, tower and setting."""
+    for key, group in results.groupby(SETTING, sort=False):
+        reference = group[group['recipe'] == 'place4'].set_index('seed')['d64']
+        yield f'\n{", ".join(f"{name} {value}" for name, value in zip(SETTING, key))}: '
+        yield f'{group["photographs"].max():,} photographs seen\n'
+        yield '| recipe | full width | 64-d | less place4, paired | full width, test-time | 64-d, test-time | seeds | s |'
+        yield '| --- ' * 8 + '|'
+        for recipe, rows in group.groupby('recipe', sort=False):
+            full, narrow, *others = (spread(rows[name]) for name in SCORES)
+            apart = spread((rows.set_index('seed')['d64'] - reference).dropna(), '+') if recipe != 'place4' else '–'
+            cells = [recipe, full, narrow, apart, *others, str(len(rows)), f'{rows["seconds"].mean():.0f}']
+            yield f'| {" | ".join(cells)} |'
+
+
+def spread(values, sign=''):
+    """'mean ± standard deviation', without the latter for one value."""
+    if values.isna().all():
+        return '–'
+    return f'{values.mean():{sign}.3f}' + (f' ± {values.std():.3f}' if len(values) > 1 else '')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--recipes', nargs='+', default=['untrained', *utilities.RECIPES],
+                        choices=['untrained', *utilities.RECIPES])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[5, 6, 7])
+    parser.add_argument('--photos', type=Path)
+    parser.add_argument('--towers', nargs='+', default=list(SIZES), choices=list(SIZES), help='on photographs')
+    parser.add_argument('--epochs', type=int, default=2, help='even, so that two stages share them')
+    parser.add_argument('--image-size', type=int, help=f'instead of {SIZES}')
+    parser.add_argument('--max-images', type=int, default=50, help='photographs of a class')
+    parser.add_argument('--no-test-time', action='store_true', help='leave out the columns with test-time augmentation')
+    parser.add_argument('--out', type=Path, default=Path('runs/recipes'))
+    arguments = parser.parse_args()
+    worlds = [('emoji', 'miniature', demo.sources())]
+    if arguments.photos:
+        sources = {name: str(arguments.photos / f'{name}.csv') for name in ('train', 'query', 'index')}
+        worlds += [('photographs', tower, sources) for tower in arguments.towers]
+    file = arguments.out / 'results.csv'
+    for seed in arguments.seeds:  # all recipes of one seed first
+        for world, tower, sources in worlds:
+            config = configuration(tower, arguments.out, arguments)
+            frames = utilities.load_data(**sources, config=config)
+            for recipe in arguments.recipes:
+                setting = [world, tower, config.image_size, config.epochs, config.max_images]
+                line = dict(zip(SETTING, setting)) | {'recipe': recipe, 'seed': seed}
+                if tower == 'efficientnet' and recipe == 'overlap':
+                    print('efficientnet: a convolution has no patches that could overlap')
+                else:
+                    folder = arguments.out / '_'.join(map(str, line.values()))
+                    once(line, file, partial(run, config, recipe, seed, frames, folder, not arguments.no_test_time))
+    print(*table(pd.read_csv(file)), sep='\n')
