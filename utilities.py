@@ -85,7 +85,7 @@ class Config:
     margin_min: float = 0.05                  # radians, for the most frequent class
     margin_width: float = 0.45                # added for the rarest one
     margin_growth: float = 0.0                # radians that every margin grows by each epoch
-    distil: float = 0.0                       # weight of the loss that keeps a teacher's distances and angles
+    distil: float = 0.0                       # weight of keeping a teacher's distances and angles within a batch_size
     teacher: str = ''                         # the teacher: another run's folder; '' is the untrained tower
     trains: str = 'all'                       # or 'head', 'tower', 'last N': N blocks, what follows them, and the head
     stages: tuple = ()                        # {field: value} of each stage of training, one after the other; () is one
@@ -1128,13 +1128,13 @@ class Embedder(nn.Module):
         self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images, classify=False):
-        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: the cosines (n, n_classes), and the
-        head's embedding (n, dim) that they are of."""
+    def forward(self, images, classify=False, relate=False):
+        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes); relate:
+        these and the head's embedding (n, dim) that they are of."""
         features = self.tower((images.float() - self.mean) / self.std)
-        if classify:
+        if classify or relate:
             embedding = self.head(features)
-            return self.head.cosine(embedding), embedding
+            return (self.head.cosine(embedding), embedding) if relate else self.head.cosine(embedding)
         return self.project(features.float())
 
     def train(self, mode=True):
@@ -1642,6 +1642,7 @@ def memory_plan(model, config, *, processes=1, half=None):
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(model)
+    freeze(model, config.trains)
     if config.checkpoint_activations is not False:
         checkpoint_activations(model.tower)
     n_classes, device = len(model.head.centers) // model.head.subcenters, first.device
@@ -1659,7 +1660,7 @@ def memory_plan(model, config, *, processes=1, half=None):
                 peak.count(tensor)
             images = torch.zeros(config.batch_size, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
             with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                cosine, _ = model.train()(images, classify=True)
+                cosine = model.train()(images, classify=True)
             targets = torch.zeros(config.batch_size, dtype=torch.long)
             arcface_loss(cosine, targets, torch.full((n_classes,), .3), config.scale).backward()
             del cosine
@@ -1842,7 +1843,7 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config, teac
         last = number == len(batches)
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                cosine, embedding = model(batch['image'].to(accelerator.device, non_blocking=True), classify=True)
+                cosine, embedding = model(batch['image'].to(accelerator.device, non_blocking=True), relate=True)
             loss = arcface_loss(cosine, batch['target'].to(accelerator.device), margins, config.scale)
             if config.distil:
                 loss = loss + config.distil * relation_loss(embedding, teacher[batch['index']].to(accelerator.device))

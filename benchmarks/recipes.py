@@ -112,17 +112,18 @@ if __name__ == '__main__':
                         choices=['untrained', *utilities.RECIPES])
     parser.add_argument('--seeds', type=int, nargs='+', default=[5, 6, 7])
     parser.add_argument('--photos', type=Path)
-    parser.add_argument('--towers', nargs='+', default=list(SIZES), choices=list(SIZES), help='on photographs')
+    parser.add_argument('--worlds', nargs='+', default=['emoji', *SIZES], choices=['emoji', *SIZES],
+                        help='the emoji world, or the tower on photographs')
     parser.add_argument('--epochs', type=int, default=2, help='even, so that two stages share them')
     parser.add_argument('--image-size', type=int, help=f'instead of {SIZES}')
     parser.add_argument('--max-images', type=int, default=50, help='photographs of a class')
     parser.add_argument('--no-test-time', action='store_true', help='leave out the columns with test-time augmentation')
     parser.add_argument('--out', type=Path, default=Path('runs/recipes'))
     arguments = parser.parse_args()
-    worlds = [('emoji', 'miniature', demo.sources())]
+    worlds = [('emoji', 'miniature', demo.sources())] if 'emoji' in arguments.worlds else []
     if arguments.photos:
         sources = {name: str(arguments.photos / f'{name}.csv') for name in ('train', 'query', 'index')}
-        worlds += [('photographs', tower, sources) for tower in arguments.towers]
+        worlds += [('photographs', tower, sources) for tower in SIZES if tower in arguments.worlds]
     file = arguments.out / 'results.csv'
     for seed in arguments.seeds:  # all recipes of one seed first
         for world, tower, sources in worlds:

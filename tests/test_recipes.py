@@ -10,6 +10,7 @@ import torch
 
 import demo
 import utilities
+from tests.test_gpus import in_a_child, without_dropout
 from tests.test_training import same, weights
 
 CONFIG = utilities.Config(**demo.settings({'image_size': 32})).override(
@@ -104,6 +105,24 @@ def test_stages_go_on_where_they_were_stopped_and_a_finished_one_is_not_trained_
     with pytest.raises(ValueError, match='another configuration .seed: 5, now 6'):
         utilities.fit_stages(STAGED.override(seed=6), utilities.new_model(STAGED, 12), train, tmp_path / 'run',
                              search=(tmp_path / 'input',))
+
+
+def _by_two_processes(train, folder):
+    without_dropout()
+    for name, processes in (('two', 2), ('sharded', 2), ('one', 1)):  # after this one none can be launched
+        config = STAGED.override(batch_size=4, shard=name == 'sharded', distil=1.)
+        utilities.launch(utilities.fit_stages, config, utilities.new_model(config, 12), train, folder / name,
+                         processes=processes)
+
+
+def test_two_processes_go_through_the_stages_as_one_does(train, tmp_path):
+    in_a_child(_by_two_processes, train, tmp_path)
+    one = weights(tmp_path / 'one')
+    for name in ('two', 'sharded'):
+        other = weights(tmp_path / name)
+        assert set(one) == set(other) and not (tmp_path / name / f'{name}-stage-1/state').exists()
+        # AdamW brings noise up to the learning rate where gradients vanish
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-3
 
 
 def test_overlapping_patches_are_those_of_the_photograph_cut_at_a_smaller_stride(tmp_path):
