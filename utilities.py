@@ -119,6 +119,9 @@ class Config:
               'max_skipped': (0, 10**9), 'overlap': (0, .9), 'margin_growth': (0, math.pi), 'distil': (0, 1e6),
               'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
 
+    OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
+                     'n_classes', 'min_images', 'max_images', 'pca_images', 'teacher', 'precision', 'max_hours')
+
     def __post_init__(self):
         for field in fields(self):
             self._check(field.name, field.type, getattr(self, field.name))
@@ -150,8 +153,8 @@ class Config:
         names, configs = {name: None for stage in self.stages for name in stage}, []
         for number, stage in enumerate(self.stages, start=1):
             try:
-                if unknown := [name for name in stage if name == 'stages' or name not in vars(self)]:
-                    raise ValueError(f'it cannot set {unknown[0]!r}.')
+                if wrong := [name for name in stage if name in self.OF_ALL_STAGES or name not in vars(self)]:
+                    raise ValueError(f'it cannot set {wrong[0]!r}.')
                 configs.append(replace(self, stages=(), **stage))
             except ValueError as error:
                 raise ValueError(f'Stage {number} of Config.stages: {error}') from None
@@ -1407,7 +1410,7 @@ def fit_stages(config, model, train, run_dir, validate=None, *, search=('/kaggle
     and where this file is found (below a folder of `search` too) the stage is not trained again. The model is trained in
     place. Arguments, what is written and errors as in fit.
     """
-    run_dir, stages, epoch = Path(run_dir), config.each_stage(), 0
+    run_dir, stages, epoch, started = Path(run_dir), config.each_stage(), 0, time.time()
     teacher = teach(config, model, train, run_dir) if any(stage.distil for stage in stages) else None
     for number, stage in enumerate(stages, start=1):
         resize(model, stage.image_size, stage.overlap)
@@ -1415,7 +1418,7 @@ def fit_stages(config, model, train, run_dir, validate=None, *, search=('/kaggle
         done = finished_stage(folder, stage, search)
         if done is None:
             each = model if len(stages) == 1 else copy.deepcopy(model)  # fit wraps, shards and freezes what it trains
-            fit(stage, each, train, folder, validate, search=search, epoch=epoch, teacher=teacher)
+            fit(stage, each, train, folder, validate, search=search, epoch=epoch, teacher=teacher, started=started)
             done = keep_stage(folder) if folder != run_dir else folder / 'model.safetensors'
         if len(stages) > 1:
             load_strictly(model, open_checkpoint(done), done)
@@ -1451,19 +1454,21 @@ def teach(config, model, train, run_dir):
     return torch.from_numpy(embed(teacher, train, desc='teacher', cache=Path(run_dir) / 'teacher.npz'))
 
 
-def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',), epoch=0, teacher=None):
+def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',), epoch=0, teacher=None,
+        started=None):
     """Fine-tunes the Embedder on the labelled photographs by ArcFace and writes the run.
 
     config: Config. model: Embedder with a SubcenterHead of as many classes as `train` has labels; trained in place.
     train: DataFrame path, label. run_dir: goes on by itself from the state found there, or from the one that a run of
     the same name and configuration left below a folder of `search`. validate: model -> mP@5 on selection data, called
     every config.validate_every steps; the best state is what the run keeps, the last one without. epoch: number of the
-    first, which orders, augments and grows margins. teacher: float (n, d), vectors of `train` for config.distil. Writes
+    first, which orders, augments and grows margins. teacher: float (n, d), vectors of `train` for config.distil. started:
+    the time that config.max_hours count from; None is now. What config.stages say is for fit_stages. Writes
     model.safetensors, config.json, log.csv, state/, and where there is need unreadable.txt and not_finite.txt. Raises
     Stopped when config.max_hours is over or it is interrupted, ValueError for data and head that disagree,
     FloatingPointError for a loss that stays NaN, OSError for too many broken photographs or a disk that does not write.
     """
-    run_dir, started = Path(run_dir), time.time()
+    run_dir, started = Path(run_dir), started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
         raise ValueError(f'The head must have {len(labels)} classes, as many as the photographs have labels.')

@@ -29,7 +29,8 @@ def test_the_last_stages_configuration_names_the_same_stages_again(tmp_path):
 
 @pytest.mark.parametrize('stages, words', [
     (({}, {'epochs': -1}), 'Stage 2 .*Config.epochs is -1'), (({'epoch': 1},), "cannot set 'epoch'"),
-    (({'stages': ()},), "cannot set 'stages'"), (({'trains': 'last'},), "for example, 'last 4'"),
+    (({'stages': ()},), "cannot set 'stages'"), (({}, {'embedding_dim': 64}), "cannot set 'embedding_dim'"),
+    (({'trains': 'last'},), "for example, 'last 4'"),
 ])
 def test_a_wrong_stage_is_one_sentence(stages, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -123,6 +124,15 @@ def test_two_processes_go_through_the_stages_as_one_does(train, tmp_path):
         assert set(one) == set(other) and not (tmp_path / name / f'{name}-stage-1/state').exists()
         # AdamW brings noise up to the learning rate where gradients vanish
         assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-3
+
+
+def test_the_hours_of_a_session_are_those_of_all_stages_together(train, tmp_path, monkeypatch):
+    begun, fit = [], utilities.fit
+    monkeypatch.setattr(utilities, 'fit', lambda *given, started, **more: begun.append(started) or fit(
+        *given, started=started - 3600 * (len(begun) - 1), **more))
+    with pytest.raises(utilities.Stopped, match='^run: 0.5 hours are over after 1 of 4'):
+        utilities.fit_stages(STAGED.override(max_hours=.5), utilities.new_model(STAGED, 12), train, tmp_path / 'run')
+    assert begun[0] == begun[1]
 
 
 def test_overlapping_patches_are_those_of_the_photograph_cut_at_a_smaller_stride(tmp_path):
