@@ -4,11 +4,12 @@
     python benchmarks/recipes.py --photos FOLDER                    # and photographs, with both towers
     python benchmarks/recipes.py --recipes place4 hi-res --seeds 5 --epochs 1
 
-FOLDER holds train.csv, query.csv and index.csv (path,label). Every run is one line of <out>/results.csv, appended when it
-is done; a run that has its line is not made again, so the bench may be stopped at any time. Prints markdown tables: mP@5 at
-the head's full width and at 64 dimensions, mean ± standard deviation over the seeds; the difference to place4 at 64
-dimensions, seed by seed; and both once more with test-time augmentation (the mean of photograph and mirror image at 1 and
-1.5 times the side), which any recipe can have: compare it within its own columns only.
+FOLDER holds train.csv, query.csv and index.csv (path,label). Every run is one line of <out>/results.csv, added when it
+is done; a run that has its line is not made again, so the bench may be stopped at any time. Prints markdown tables of mP@5,
+mean ± standard deviation over the seeds: at the head's full width, at 64 dimensions (d64) by the PCA and by one that
+subtracts no mean, and d64 less that of place4, seed by seed. What any recipe can have has columns of its own, to be
+compared within them only: the PCA, and test-time augmentation, the mean of photograph and mirror image at 1 and 1.5 times
+the side.
 """
 import argparse
 import shutil
@@ -29,7 +30,7 @@ import utilities  # noqa: E402
 
 SIZES = {'miniature': 64, 'efficientnet': 160}
 SETTING = ['world', 'tower', 'image_size', 'epochs', 'max_images']
-SCORES = ['full', 'd64', 'full, test-time', 'd64, test-time']
+SCORES = ['full', 'd64', 'd64, no mean', 'full, test-time', 'd64, test-time', 'd64, no mean, test-time']
 
 
 def configuration(tower, out, arguments):
@@ -54,7 +55,9 @@ def evaluate(model, frames, test_time):
     for suffix, one in models.items():
         vectors = utilities.embed_all(one, frames)
         width, narrow = utilities.score_table('', '', vectors, frames)['mp5']
-        scores |= {f'full{suffix}': width, f'd64{suffix}': narrow}
+        projection = partial(utilities.fit_pca, vectors['pca'], centre=False)
+        other, = utilities.score_table('', '', vectors, frames, dims=(64,), projection=projection)['mp5']
+        scores |= {f'full{suffix}': width, f'd64{suffix}': narrow, f'd64, no mean{suffix}': other}
     return {name: scores.get(name) for name in SCORES}
 
 
@@ -75,13 +78,12 @@ def run(config, recipe, seed, frames, folder, test_time):
 
 
 def once(line, file, make):
-    """Appends line | make() to a CSV, unless it has this line already; what is untrained has no seed."""
+    """Adds line | make() to a CSV, unless it has this line already; what is untrained has no seed."""
     names = [name for name in line if name != 'seed' or line['recipe'] != 'untrained']
-    if file.exists() and (pd.read_csv(file)[names] == pd.Series(line)[names]).all(axis=1).any():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made = pd.DataFrame([line | make()])
-    made.to_csv(file, mode='a', header=not file.exists(), index=False)
+    before = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=list(line))
+    if not (before[names] == pd.Series(line)[names]).all(axis=1).any():
+        made = pd.DataFrame([line | make()])
+        utilities.write_text(file, (pd.concat([before, made]) if len(before) else made).to_csv(index=False))
 
 
 def table(results):
@@ -90,12 +92,12 @@ def table(results):
         reference = group[group['recipe'] == 'place4'].set_index('seed')['d64']
         yield f'\n{", ".join(f"{name} {value}" for name, value in zip(SETTING, key))}: '
         yield f'{group["photographs"].max():,} photographs seen\n'
-        yield '| recipe | full width | 64-d | less place4, paired | full width, test-time | 64-d, test-time | seeds | s |'
-        yield '| --- ' * 8 + '|'
+        yield f'| recipe | {" | ".join(SCORES)} | d64 less place4, paired | seeds | s |'
+        yield '| --- ' * (len(SCORES) + 4) + '|'
         for recipe, rows in group.groupby('recipe', sort=False):
-            full, narrow, *others = (spread(rows[name]) for name in SCORES)
+            scores = [spread(rows[name]) for name in SCORES]
             apart = spread((rows.set_index('seed')['d64'] - reference).dropna(), '+') if recipe != 'place4' else '–'
-            cells = [recipe, full, narrow, apart, *others, str(len(rows)), f'{rows["seconds"].mean():.0f}']
+            cells = [recipe, *scores, apart, str(len(rows)), f'{rows["seconds"].mean():.0f}']
             yield f'| {" | ".join(cells)} |'
 
 
