@@ -2764,13 +2764,11 @@ def concatenate(embeddings_list):
     return np.concatenate([l2_normalise(embeddings) for embeddings in embeddings_list], axis=1)
 
 
-def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None, centre=True):
+def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     """Principal components of (n, d) embeddings, an array or a memory map -> Projection.
 
     whiten: direction j is multiplied by variance_j ** (-whiten / 2): 0 is plain, 1 makes each variance 1.
     weights: (n,) importance of the rows, e.g. to even out kinds of object; only their ratios matter.
-    centre: False subtracts no mean and keeps the directions of most mean square instead of variance: of all linear maps
-    the one that changes the rows' inner products least, so their cosines too (Eckart and Young 1936).
     Signs: each direction's largest absolute entry is positive. Memory: a few d² float64 and 8,192 rows.
     ValueError: dim out of range, unfit weights, a NaN or infinite row, embeddings that hardly vary.
     """
@@ -2785,8 +2783,6 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None, centre=True):
     if weights.shape != (n,) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
         raise ValueError(f'weights must be {n} finite numbers >= 0, one a row, and not all zero')
     mean, covariance = _moments(embeddings, weights / weights.mean())
-    if not centre:
-        covariance, mean = covariance * ((n - 1) / n) + np.outer(mean, mean), np.zeros(d)
     variance, directions = eigh(covariance, subset_by_index=[d - dim, d - 1])
     variance, directions, total = variance[::-1].clip(min=0), directions.T[::-1], np.trace(covariance)
     varied = int((variance > 1e-7 * total).sum())  # float32 embeddings leave about 1e-8 of noise

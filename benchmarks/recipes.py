@@ -6,10 +6,9 @@
 
 FOLDER holds train.csv, query.csv and index.csv (path,label). Every run is one line of <out>/results.csv, added when it
 is done; a run that has its line is not made again, so the bench may be stopped at any time. Prints markdown tables of mP@5,
-mean ± standard deviation over the seeds: at the head's full width, at 64 dimensions (d64) by the PCA and by one that
-subtracts no mean, and d64 less that of place4, seed by seed. What any recipe can have has columns of its own, to be
-compared within them only: the PCA, and test-time augmentation, the mean of photograph and mirror image at 1 and 1.5 times
-the side.
+mean ± standard deviation over the seeds: at the head's full width, at 64 dimensions (d64), and d64 less that of place4,
+seed by seed. Test-time augmentation, the mean of photograph and mirror image at 1 and 1.5 times the side, is for any recipe:
+it has columns of its own, to be compared within them only.
 """
 import argparse
 import shutil
@@ -30,7 +29,7 @@ import utilities  # noqa: E402
 
 SIZES = {'miniature': 64, 'efficientnet': 160}
 SETTING = ['world', 'tower', 'image_size', 'epochs', 'max_images']
-SCORES = ['full', 'd64', 'd64, no mean', 'full, test-time', 'd64, test-time', 'd64, no mean, test-time']
+SCORES = ['full', 'd64', 'full, test-time', 'd64, test-time']
 
 
 def configuration(tower, out, arguments):
@@ -55,9 +54,7 @@ def evaluate(model, frames, test_time):
     for suffix, one in models.items():
         vectors = utilities.embed_all(one, frames)
         width, narrow = utilities.score_table('', '', vectors, frames)['mp5']
-        projection = partial(utilities.fit_pca, vectors['pca'], centre=False)
-        other, = utilities.score_table('', '', vectors, frames, dims=(64,), projection=projection)['mp5']
-        scores |= {f'full{suffix}': width, f'd64{suffix}': narrow, f'd64, no mean{suffix}': other}
+        scores |= {f'full{suffix}': width, f'd64{suffix}': narrow}
     return {name: scores.get(name) for name in SCORES}
 
 

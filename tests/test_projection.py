@@ -30,20 +30,6 @@ def test_fit_pca_is_scikit_learns(n, dim):
     np.testing.assert_allclose(ours.explained_variance_ratio, theirs.explained_variance_ratio_, atol=1e-6)
 
 
-def test_without_a_centre_no_other_rank_keeps_the_inner_products_better_and_a_mean_far_off_is_a_direction():
-    x = embeddings().astype(np.float64)
-    projection = fit_pca(x, 40, centre=False)
-    _, singular, directions = np.linalg.svd(x, full_matrices=False)
-    np.testing.assert_allclose(aligned(projection.components, directions[:40]), directions[:40], atol=1e-6)
-    np.testing.assert_allclose(projection.explained_variance_ratio, (singular ** 2 / (singular ** 2).sum())[:40], atol=1e-6)
-    assert not projection.mean.any() and not projection.linear().bias.any()
-
-    def kept(rows):
-        return np.linalg.norm(rows @ rows.T - x @ x.T)
-    assert kept(x @ projection.components.T) == pytest.approx(np.sqrt((singular[40:] ** 4).sum()), rel=1e-6)
-    assert kept(x @ projection.components.T) < kept(fit_pca(x, 40)(x).astype(np.float64))
-
-
 def test_a_table_too_large_for_float64_products_is_still_scikit_learns():
     x = embeddings(8000, 512)
     theirs = PCA(64, svd_solver='covariance_eigh').fit(x.astype(np.float64))
