@@ -7,7 +7,6 @@ import bisect
 import copy
 import difflib
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -72,16 +71,24 @@ class Config:
     model_name: str = 'ViT-H-14'              # open_clip name, 'local-dir:folder', 'hf-hub:org/name' or 'timm:name'
     pretrained: str = 'laion2b_s32b_b79k'     # tag, weights file, 'tag@file', or 'random' in so many words
     image_size: int = 224                     # side of the square the photographs are squashed to, pixels
+    overlap: float = 0.0                      # share of its side that a patch has in common with the next one
     bands: tuple = ((10, 1.25e-6), (20, 2.5e-6), (26, 5e-6), (32, 1e-5))  # (blocks below, lr): early layers move less
     n_classes: int | None = 9691              # class folders drawn from each domain; None: all of them
     min_images: int = 4                       # classes with fewer teach ArcFace little and are left out
     max_images: int = 50                      # a class gives at most so many, so that none dominates
+    domains: tuple = ()                       # trained on; () is all that the data has
     augmentation: str = 'none'                # the one thing in which a soup's ingredients differ
     embedding_dim: int = 512                  # width that the classes are separated in; PCA brings it to 64 later
+    head_norm: bool = False                   # batch normalisation, without weights, of what enters the head
     subcenters: int = 3                       # centres a class: several looks of one object, and label noise
     scale: float = 30.0                       # s of ArcFace: softmax temperature 1/s
     margin_min: float = 0.05                  # radians, for the most frequent class
     margin_width: float = 0.45                # added for the rarest one
+    margin_growth: float = 0.0                # radians that every margin grows by each epoch
+    distil: float = 0.0                       # weight of keeping a teacher's distances and angles within a batch_size
+    teacher: str = ''                         # the teacher: another run's folder; '' is the untrained tower
+    trains: str = 'all'                       # or 'head', 'tower', 'last N': N blocks, what follows them, and the head
+    stages: tuple = ()                        # {field: value} of each stage of training, one after the other; () is one
     head_lr: float = 3e-4                     # the head starts from nothing, the tower does not
     head_decay: float = 1e-5
     tower_decay: float = 1e-3
@@ -109,7 +116,11 @@ class Config:
               'batch_size': (1, 10**6), 'effective_batch': (1, 10**7), 'epochs': (0, 10**5),
               'warmup_steps': (0, 10**9), 'clip_norm': (1e-9, 1e9), 'validate_every': (1, 10**9), 'workers': (0, 512),
               'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9),
-              'max_skipped': (0, 10**9), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
+              'max_skipped': (0, 10**9), 'overlap': (0, .9), 'margin_growth': (0, math.pi), 'distil': (0, 1e6),
+              'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
+
+    OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
+                     'n_classes', 'min_images', 'max_images', 'pca_images', 'teacher', 'precision', 'max_hours')
 
     def __post_init__(self):
         for field in fields(self):
@@ -129,6 +140,29 @@ class Config:
                              f'{self.batch_size}, since whole batches are accumulated.')
         if self.precision not in ('auto', 'no', 'fp16', 'bf16'):
             raise ValueError(f'Config.precision is {self.precision!r}; choose auto, no, fp16 or bf16.')
+        if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
+            raise ValueError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
+        if isinstance(self.domains, str):
+            raise ValueError(f'Config.domains is {self.domains!r}; give a list of names.')
+        object.__setattr__(self, 'domains', tuple(self.domains))
+        object.__setattr__(self, 'stages', self._whole_stages())
+
+    def _whole_stages(self):
+        """The stages, each with all the fields in which any of them differs: then the last one's Config, as it is saved,
+        names the same stages again."""
+        names, configs = {name: None for stage in self.stages for name in stage}, []
+        for number, stage in enumerate(self.stages, start=1):
+            try:
+                if wrong := [name for name in stage if name in self.OF_ALL_STAGES or name not in vars(self)]:
+                    raise ValueError(f'it cannot set {wrong[0]!r}.')
+                configs.append(replace(self, stages=(), **stage))
+            except ValueError as error:
+                raise ValueError(f'Stage {number} of Config.stages: {error}') from None
+        return tuple({name: getattr(config, name) for name in names} for config in configs)
+
+    def each_stage(self):
+        """The Config of every stage in turn; without stages that is this one."""
+        return [replace(self, **stage) for stage in self.stages] or [self]
 
     def _check(self, name, kind, value):
         if name in self.LIMITS:
@@ -141,6 +175,12 @@ class Config:
         elif kind is not tuple and not isinstance(value, kind) or name == 'model_name' and not value:
             right = 'True or False' if isinstance(True, kind) else 'a text'
             raise ValueError(f'Config.{name} is {value!r}; it must be {right}.')
+
+    def follow(self, recipe):
+        """The same, changed as one of RECIPES says; None changes nothing."""
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.')
+        return self if recipe is None else replace(self, **RECIPES[recipe](self))
 
     def override(self, **choices):
         """The same with other values; None keeps the value that is there. An unknown name is an error."""
@@ -174,6 +214,34 @@ def published_tower(solution, name):
     if solution not in PUBLISHED:
         raise ValueError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
     return PUBLISHED[solution][name]
+
+
+def _halves(config, first, second):
+    """Two stages that share the epochs of a configuration, at least one each."""
+    half = max(1, config.epochs // 2)
+    return {'stages': (first | {'epochs': half}, second | {'epochs': max(1, config.epochs - half)})}
+
+
+RECIPES = {  # what each changes in a configuration; places are those of the challenge
+    'place4': lambda config: {},
+    # Kumar 2022, arXiv 2202.10054: the head alone first, so that a random one does not distort the tower
+    'lp-ft': lambda config: _halves(config, {'trains': 'head'}, {'trains': 'all', 'head_lr': config.head_lr / 10}),
+    # 1st: a 64-d head first, which then stays while the tower trains
+    'locked-head': lambda config: {'embedding_dim': 64} | _halves(config, {'trains': 'head'}, {'trains': 'tower'}),
+    # 2nd: the tower a thousand times slower than the head, then not at all; wider margins every epoch
+    'slow-tower': lambda config: {'bands': ((config.bands[-1][0], config.head_lr / 1000),), 'margin_growth': .1}
+    | _halves(config, {'trains': 'all'}, {'trains': 'head'}),
+    # 5th (with head_norm, which it had before its linear map): no PCA
+    'direct-64': lambda config: {'embedding_dim': 64},
+    # 1st: everything once more at 5/4 of the side, 224 to 280
+    'hi-res': lambda config: _halves(config, {}, {'image_size': config.image_size * 5 // 4}),
+    # 1st: overlapping patches at the end
+    'overlap': lambda config: _halves(config, {}, {'overlap': .5}),
+    # MDFE 2024: the tower as it is, a projection trained
+    'frozen': lambda config: {'embedding_dim': 64, 'trains': 'head'},
+    # 13th: the 64-d head also keeps the distances and angles of the tower's full width
+    'distil': lambda config: {'embedding_dim': 64, 'distil': 10.0},
+}
 
 
 def write_text(path, text):
@@ -767,6 +835,7 @@ def load_open_clip(model_name, pretrained, image_size=None):
         with _no_warnings_logged() if random else nullcontext():  # of weights that are random, as they shall be
             return open_clip.create_model(model_name, pretrained=source, force_image_size=image_size,
                                           load_weights=not random, require_pretrained=not random,
+                                          device=torch.get_default_device(),
                                           force_quick_gelu=facts[1], force_preprocess_cfg=facts[0])
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
@@ -806,9 +875,6 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     if file and not file.is_file():
         raise ValueError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
     options = {'num_classes': 0}
-    if image_size and 'img_size' in inspect.signature(timm.create_model).parameters | \
-            inspect.signature(timm.model_entrypoint(name)).parameters:
-        options['img_size'] = image_size
     tower = timm.create_model(name, pretrained=not pretrained, **options)
     facts = timm.data.resolve_model_data_config(tower)
     size = image_size or facts['input_size'][-1]
@@ -817,6 +883,7 @@ def load_timm_tower(model_name, pretrained, image_size=None):
         state = {name: tensor for name, tensor in open_checkpoint(file).items()
                  if not name.startswith(f'{classifier}.')}
         load_strictly(tower, state, file)
+    resize_tower(tower, size)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
     tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']), '', width,
@@ -855,6 +922,7 @@ def build_tower(spec):
             _build_vision_tower(plan['embed_dim'], CLIPVisionCfg(**plan['vision_cfg']), plan['quick_gelu']))
     else:
         raise ValueError(f'{spec.model_name} cannot be rebuilt from its checkpoint alone; pass its tower along.')
+    resize_tower(tower, spec.image_size, plan.get('stride'))
     tower.spec = spec
     return tower
 
@@ -876,6 +944,44 @@ def skip_unread_tokens(tower):
             and tower.attn_pool is None and tower.pool_type == 'tok' and not tower.output_tokens:
         blocks[-1].__class__ = ClassTokenBlock
     return tower
+
+
+def resize_tower(tower, side, stride=None):
+    """Makes a tower take squares of `side` pixels, its patches `stride` pixels apart (None: as they are), in place.
+
+    Position embeddings are interpolated to the new grid, as when weights are loaded at another size; convolutions take any
+    size. A stride is for open_clip's own transformer.
+    """
+    if isinstance(tower, VisionTransformer):
+        conv, old = tower.conv1, tower.positional_embedding
+        conv.stride = (stride, stride) if stride else conv.stride
+        tower.image_size, tower.grid_size = (side, side), ((side - conv.kernel_size[0]) // conv.stride[0] + 1,) * 2
+        positions = resample_abs_pos_embed(old.detach()[None], list(tower.grid_size))[0]
+        tower.positional_embedding = nn.Parameter(positions, requires_grad=old.requires_grad)
+    elif hasattr(tower, 'set_input_size'):  # timm's transformers
+        tower.set_input_size((side, side))
+
+
+def resize(model, side, overlap=0.0):
+    """The Embedder for photographs of another side or patches that overlap by a share of theirs, in place; its spec says so.
+    ValueError: an overlap for what is not open_clip's own transformer."""
+    plan, stride = copy.deepcopy(model.spec.architecture), None
+    if isinstance(model.tower, VisionTransformer):
+        patch = model.tower.conv1.kernel_size[0]
+        stride = max(1, round(patch * (1 - overlap)))
+        same = stride == plan.get('stride', patch) and side == model.spec.image_size
+        plan['stride'] = stride
+    elif overlap:
+        raise ValueError(f"Config.overlap is {overlap}, but only patches of open_clip's own transformers can overlap, and "
+                         f'{model.spec.model_name} is none of them: set it to 0.')
+    else:
+        same = side == model.spec.image_size
+    if same:
+        return
+    resize_tower(model.tower, side, stride)
+    if plan.get('library') == 'open_clip':
+        plan['vision_cfg']['image_size'] = side
+    model.spec = model.tower.spec = replace(model.spec, image_size=side, architecture=plan)
 
 
 def words_of(name):
@@ -977,14 +1083,16 @@ class NearestCenter(torch.autograd.Function):
 class SubcenterHead(nn.Module):
     """Linear map to the embedding and several centres a class (Deng 2020, sub-centre ArcFace).
 
-    `seed` alone decides the initial weights: ingredients of one soup must share them bit for bit.
+    `seed` alone decides the initial weights: ingredients of one soup must share them bit for bit. norm: every feature is
+    brought to mean 0 and variance 1 first, over the photographs of a step while training (5th place).
     """
     DROPOUTS = (.1, .2, .3, .4, .5)  # the five parallel masks of the published head, after one of .1
 
-    def __init__(self, width, n_classes, *, dim=512, subcenters=3, seed=5):
+    def __init__(self, width, n_classes, *, dim=512, subcenters=3, norm=False, seed=5):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.subcenters = subcenters
+        self.norm = nn.BatchNorm1d(width, affine=False) if norm else nn.Identity()
         self.embedding = nn.Linear(width, dim, bias=False)
         self.centers = nn.Parameter(torch.empty(n_classes * subcenters, dim))  # row = class · subcenters + centre
         nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5), generator=generator)
@@ -995,6 +1103,7 @@ class SubcenterHead(nn.Module):
 
         The mean of five dropped-out copies through one bias-free map is that map of the mean copy: one pass, not five.
         """
+        features = self.norm(features)
         if self.training:
             mask = sum(F.dropout(torch.ones_like(features), p) for p in self.DROPOUTS) / len(self.DROPOUTS)
             features = F.dropout(features, .1) * mask
@@ -1022,11 +1131,13 @@ class Embedder(nn.Module):
         self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images, classify=False):
-        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes)."""
+    def forward(self, images, classify=False, relate=False):
+        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes); relate:
+        these and the head's embedding (n, dim) that they are of."""
         features = self.tower((images.float() - self.mean) / self.std)
-        if classify:
-            return self.head.cosine(self.head(features))
+        if classify or relate:
+            embedding = self.head(features)
+            return (self.head.cosine(embedding), embedding) if relate else self.head.cosine(embedding)
         return self.project(features.float())
 
     def train(self, mode=True):
@@ -1040,13 +1151,33 @@ class Embedder(nn.Module):
 
     def project(self, features):
         """What follows the tower: (n, width) -> (n, dim) of length 1."""
-        vectors = F.normalize(self.head.embedding(features) if self.head is not None else features)
+        vectors = F.normalize(self.head.embedding(self.head.norm(features)) if self.head is not None else features)
         return vectors if self.projection is None else F.normalize(self.projection(vectors))
 
 
 BLOCK = re.compile(r'(?:resblocks|blocks|layers|stages)\.(\d+)\.')
-STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token'
+STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
                   r'|norm_pre|conv_stem|stem)(\.|$)')
+
+
+def tower_blocks(tower):
+    """({name: block of each parameter}, number of blocks); -1 lies before the blocks, their number follows them."""
+    found = {name: BLOCK.search(name) for name, _ in tower.named_parameters()}
+    depth = 1 + max((int(match[1]) for match in found.values() if match), default=0)
+    return {name: int(match[1]) if match else -1 if STEM.search(name) else depth for name, match in found.items()}, depth
+
+
+def freeze(model, trains):
+    """Takes the gradients from what Config.trains leaves out; 'all' leaves everything as it is."""
+    blocks, depth = tower_blocks(model.tower)
+    firsts = {'all': -1, 'tower': -1, 'head': depth + 1} | {f'last {n}': depth - n for n in range(1, depth + 1)}
+    if trains not in firsts:
+        raise ValueError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
+    for name, parameter in model.tower.named_parameters():
+        if blocks[name] < firsts[trains]:
+            parameter.requires_grad_(False)
+    if trains == 'tower':
+        model.head.requires_grad_(False)
 
 
 def param_groups(model, config):
@@ -1054,23 +1185,21 @@ def param_groups(model, config):
 
     The tower's blocks take the learning rates of config.bands (stretched, if the bands count other blocks than the
     tower has); what lies before the blocks takes the first band's, what follows them (final norm, projection) the last
-    one's. Biases, norms, class token and position embedding are not decayed. Returns a list of dicts: name, params,
-    names, lr, weight_decay.
+    one's. Biases, norms, class token, pooling query and position embedding are not decayed. Returns a list of dicts:
+    name, params, names, lr, weight_decay.
     """
-    tower = dict(model.tower.named_parameters())
-    blocks = {name: int(found[1]) for name in tower if (found := BLOCK.search(name))}
-    depth, ends = 1 + max(blocks.values(), default=0), [end for end, _ in config.bands]
+    (blocks, depth), ends = tower_blocks(model.tower), [end for end, _ in config.bands]
     groups = {}
 
     def add(group, name, parameter, lr, decay):
-        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$', name)
+        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$|latent$', name)
         group, decay = (f'{group}, no decay', 0.0) if kept else (group, decay)
         entry = groups.setdefault(group, {'name': group, 'params': [], 'names': [], 'lr': lr, 'weight_decay': decay})
         entry['params'].append(parameter)
         entry['names'].append(name)
 
-    for name, parameter in tower.items():
-        block = blocks.get(name, 0 if STEM.search(name) else depth - 1)
+    for name, parameter in model.tower.named_parameters():
+        block = min(max(blocks[name], 0), depth - 1)
         band = bisect.bisect_right(ends, block * ends[-1] // depth)
         if parameter.requires_grad:
             add(f'tower, blocks below {-(-ends[band] * depth // ends[-1])}', f'tower.{name}', parameter,
@@ -1119,6 +1248,27 @@ def arcface_loss(cosine, labels, margins, scale=30.0):
     shifted = target * margin.cos() - sine * margin.sin()
     shifted = torch.where(target > -margin.cos(), shifted, target - margin * margin.sin())
     return F.cross_entropy(scale * cosine.scatter(1, labels[:, None], shifted[:, None]), labels)
+
+
+def relation_loss(embedding, teacher):
+    """Relational knowledge distillation: what differs between the photographs' distances, and twice their angles.
+
+    embedding (n, d), teacher (n, D): of the same photographs, any length. Distances are relative to their mean; an angle is
+    the cosine at the second of three photographs. Huber loss of the differences; a float32 scalar. Source: Park 2019,
+    "Relational Knowledge Distillation", https://arxiv.org/abs/1904.05068, eq. 4-9.
+    """
+    (near, angle), (near_to_be, angle_to_be) = map(_relations, (embedding, teacher))
+    return F.huber_loss(near, near_to_be) + 2 * F.huber_loss(angle, angle_to_be)
+
+
+def _relations(vectors):
+    """(relative distances (n, n), cosines of all angles (n, n, n)) between the rows, brought to length 1."""
+    vectors = F.normalize(vectors.float())
+    apart = vectors[None] - vectors[:, None]
+    distance = apart.square().sum(2).clamp_min(1e-12).sqrt()  # the slope of √0 is infinite
+    towards = apart / distance[:, :, None]
+    others = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    return distance / distance[others].mean(), towards @ towards.transpose(1, 2)
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1243,21 +1393,91 @@ def learning_rate_share(step, steps, warmup):
     return .5 + .5 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))
 
 
-def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',)):
+def new_model(config, n_classes):
+    """The Embedder that a run starts from: the pretrained tower and a head of its own for so many classes."""
+    tower = load_image_tower(config.model_name, config.pretrained, config.image_size)
+    head = SubcenterHead(tower.spec.width, n_classes, dim=config.embedding_dim, subcenters=config.subcenters,
+                         norm=config.head_norm, seed=config.head_seed)
+    model = Embedder(tower, head)
+    resize(model, config.image_size, config.overlap)
+    return model
+
+
+def fit_stages(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',)):
+    """fit for every stage of the configuration, each from the weights that the one before kept; without stages it is fit.
+
+    All but the last train in <run_dir>/<its name>-stage-<number>; the weights they end with stay there as stage.safetensors,
+    and where this file is found (below a folder of `search` too) the stage is not trained again. The model is trained in
+    place. Arguments, what is written and errors as in fit.
+    """
+    run_dir, stages, epoch, started = Path(run_dir), config.each_stage(), 0, time.time()
+    teacher = teach(config, model, train, run_dir) if any(stage.distil for stage in stages) else None
+    for number, stage in enumerate(stages, start=1):
+        resize(model, stage.image_size, stage.overlap)
+        folder = run_dir if number == len(stages) else run_dir / f'{run_dir.name}-stage-{number}'
+        done = finished_stage(folder, stage, search)
+        if done is None:
+            each = model if len(stages) == 1 else copy.deepcopy(model)  # fit wraps, shards and freezes what it trains
+            fit(stage, each, train, folder, validate, search=search, epoch=epoch, teacher=teacher, started=started)
+            done = keep_stage(folder) if folder != run_dir else folder / 'model.safetensors'
+        if len(stages) > 1:
+            load_strictly(model, open_checkpoint(done), done)
+        epoch += stage.epochs
+
+
+def finished_stage(folder, config, search):
+    """The weights of a stage that is done, in its folder or in an attached output of the same run, or None."""
+    for file in [folder / 'stage.safetensors', *attached(folder.parent, f'{folder.name}/stage.safetensors', search)]:
+        if file.exists():
+            before = Config().override(**json.loads(open_checkpoint(file).metadata['config']))
+            if difference := different_fields(before, config):
+                raise ValueError(f'{file} is of a run with another configuration ({", ".join(difference)}): give this run '
+                                 f'another name, or delete that folder.')
+            print(f'{folder.name}: done, in {file}')
+            return file
+
+
+def keep_stage(folder):
+    """Marks a stage as done: its weights get their lasting name, and the state to go on from makes room. By one process."""
+    done = folder / 'stage.safetensors'
+    if own_share()[0] == 0:
+        os.replace(folder / 'model.safetensors', done)
+        shutil.rmtree(folder / 'state', ignore_errors=True)
+    if own_share()[1] > 1:
+        PartialState().wait_for_everyone()
+    return done
+
+
+def teach(config, model, train, run_dir):
+    """The teacher's vectors of the training photographs, float32 (n, d), kept in the run's folder."""
+    teacher = load_run(config.teacher) if config.teacher else Embedder(copy.deepcopy(model.tower), spec=model.spec)
+    return torch.from_numpy(embed(teacher, train, desc='teacher', cache=Path(run_dir) / 'teacher.npz'))
+
+
+def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',), epoch=0, teacher=None,
+        started=None):
     """Fine-tunes the Embedder on the labelled photographs by ArcFace and writes the run.
 
     config: Config. model: Embedder with a SubcenterHead of as many classes as `train` has labels; trained in place.
     train: DataFrame path, label. run_dir: goes on by itself from the state found there, or from the one that a run of
     the same name and configuration left below a folder of `search`. validate: model -> mP@5 on selection data, called
-    every config.validate_every steps; the best state is what the run keeps, the last one without. Writes
+    every config.validate_every steps; the best state is what the run keeps, the last one without. epoch: number of the
+    first, which orders, augments and grows margins. teacher: float (n, d), vectors of `train` for config.distil. started:
+    the time that config.max_hours count from; None is now. What config.stages say is for fit_stages. Writes
     model.safetensors, config.json, log.csv, state/, and where there is need unreadable.txt and not_finite.txt. Raises
     Stopped when config.max_hours is over or it is interrupted, ValueError for data and head that disagree,
     FloatingPointError for a loss that stays NaN, OSError for too many broken photographs or a disk that does not write.
     """
-    run_dir, started = Path(run_dir), time.time()
+    run_dir, started = Path(run_dir), started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
         raise ValueError(f'The head must have {len(labels)} classes, as many as the photographs have labels.')
+    if config.domains:
+        chosen = train['domain'].isin(config.domains).to_numpy()
+        if not chosen.any():
+            raise ValueError(f'The photographs are of none of the domains {", ".join(map(repr, config.domains))}; theirs '
+                             f'are {", ".join(sorted(train["domain"].unique()))}.')
+        train, targets, teacher = train[chosen], targets[chosen], None if teacher is None else teacher[chosen]
     accelerator = Accelerator(
         mixed_precision=mixed_precision(config.precision), cpu=best_device().type == 'cpu',
         step_scheduler_with_optimizer=False,
@@ -1274,7 +1494,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                     replace=True, max_unreadable=config.max_unreadable)
     wrapped, optimiser, schedule = prepare_training(accelerator, model, config, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
-    progress = Progress()
+    progress = Progress(epoch=epoch)
     main = accelerator.is_main_process
     with run_lock(run_dir) if main else nullcontext(), stop_signal() as interrupts, \
             plain_failures(config, run_dir, photos, main):
@@ -1292,7 +1512,8 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                                  rank=accelerator.process_index, processes=accelerator.num_processes,
                                  workers=config.workers)
                 for batches_of_step in grouped(batches, accumulate):
-                    loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step, margins, config)
+                    loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step,
+                                          margins + config.margin_growth * progress.epoch, config, teacher)
                     if math.isnan(loss):
                         note_skipped(accelerator, run_dir, batches_of_step, photos, progress, config)
                     elif not optimiser.step_was_skipped:  # fp16's scaler skips a step that overflowed
@@ -1326,6 +1547,7 @@ def prepare_training(accelerator, model, config, steps):
     """(what is called, optimiser, schedule) for a model: a copy of it on each GPU, or with config.shard a part of it."""
     if config.checkpoint_activations or (config.checkpoint_activations is None and accelerator.device.type == 'cuda'):
         checkpoint_activations(model.tower)
+    freeze(model, config.trains)
     if config.shard:
         shard(model.to(accelerator.device))
     groups = [{name: group[name] for name in ('params', 'lr', 'weight_decay')} for group in param_groups(model, config)]
@@ -1425,6 +1647,7 @@ def memory_plan(model, config, *, processes=1, half=None):
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(model)
+    freeze(model, config.trains)
     if config.checkpoint_activations is not False:
         checkpoint_activations(model.tower)
     n_classes, device = len(model.head.centers) // model.head.subcenters, first.device
@@ -1617,7 +1840,7 @@ def grouped(batches, size):
         yield group
 
 
-def optimiser_step(accelerator, model, optimiser, batches, margins, config):
+def optimiser_step(accelerator, model, optimiser, batches, margins, config, teacher=None):
     """One optimiser step over several batches; returns their mean loss, NaN where it or the gradient was not finite: the
     weights are then as they were."""
     total = 0.0
@@ -1625,8 +1848,10 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config):
         last = number == len(batches)
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                cosine = model(batch['image'].to(accelerator.device, non_blocking=True), classify=True)
+                cosine, embedding = model(batch['image'].to(accelerator.device, non_blocking=True), relate=True)
             loss = arcface_loss(cosine, batch['target'].to(accelerator.device), margins, config.scale)
+            if config.distil:
+                loss = loss + config.distil * relation_loss(embedding, teacher[batch['index']].to(accelerator.device))
             accelerator.backward(loss / len(batches))
         total += loss.detach() / len(batches)
     total = accelerator.reduce(total, 'mean').item()
@@ -1799,9 +2024,7 @@ def copy_attached_state(run_dir, config, search):
     folder = run_dir / 'state'
     if saved_states(folder):
         return
-    places = (os.path.join(glob_escape(str(root)), *['*'] * depth, glob_escape(run_dir.name), 'state', 'step-*')
-              for root in search for depth in range(5))
-    states = sorted((Path(state) for place in places for state in glob(place)), key=lambda state: state.name, reverse=True)
+    states = sorted(attached(run_dir, 'state/step-*', search), key=lambda state: state.name, reverse=True)
     for state in filter(_is_whole, states):
         run = state.parent.parent
         try:
@@ -1823,6 +2046,13 @@ def copy_attached_state(run_dir, config, search):
                           f'OUT_DIR.') from error
         print(f'{run_dir.name}: {state} was copied here')
         return
+
+
+def attached(run_dir, pattern, search):
+    """Paths that fit a pattern in folders of this run's name, up to four folders below those of `search`."""
+    places = (os.path.join(glob_escape(str(root)), *['*'] * depth, glob_escape(run_dir.name), pattern)
+              for root in search for depth in range(5))
+    return [Path(found) for place in places for found in glob(place)]
 
 
 def different_fields(first, second):
@@ -2298,7 +2528,8 @@ def _unloaded(checkpoint, tower):
     if 'head.embedding.weight' in checkpoint:
         dim, width = checkpoint['head.embedding.weight'].shape
         subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
-        head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters)
+        head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters,
+                             norm='head.norm.running_mean' in checkpoint)
     if 'projection.weight' in checkpoint:
         dim, width = checkpoint['projection.weight'].shape
         projection = nn.Linear(width, dim)
@@ -2983,17 +3214,11 @@ def _at_size(embedder, factor):
     if factor == 1:
         return embedder
     embedder = _twin(embedder, lambda tensor: tensor)
-    tower = embedder.tower
-    stem = next(part for part in tower.modules() if isinstance(part, nn.Conv2d))
+    stem = next(part for part in embedder.tower.modules() if isinstance(part, nn.Conv2d))
     (kernel, _), (stride, _) = stem.kernel_size, stem.stride
-    steps = round((embedder.spec.image_size * factor - kernel) / stride)
-    side = kernel + steps * stride
+    side = kernel + round((embedder.spec.image_size * factor - kernel) / stride) * stride
+    resize_tower(embedder.tower, side)
     embedder.spec = replace(embedder.spec, image_size=side)
-    if hasattr(tower, 'positional_embedding'):  # open_clip's own transformer
-        positions = resample_abs_pos_embed(tower.positional_embedding[None], [steps + 1] * 2)[0]
-        tower.positional_embedding = nn.Parameter(positions.detach(), requires_grad=False)
-    elif hasattr(tower, 'set_input_size'):  # timm's transformers; convolutions take any size
-        tower.set_input_size((side, side))
     return embedder
 
 
