@@ -1647,6 +1647,8 @@ def memory_plan(model, config, *, processes=1, half=None):
     mode = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(model)
+    with mode:
+        resize(model, config.image_size, config.overlap)
     freeze(model, config.trains)
     if config.checkpoint_activations is not False:
         checkpoint_activations(model.tower)
@@ -1694,7 +1696,8 @@ def available_memory():
 
 
 def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
-    """What a run will need against what there is: DataFrame need, GB. Says what to change, before it starts, if too much.
+    """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
+    before it starts, if that is too much.
 
     memory, disk: bytes there are; processes: GPUs. None: those of this machine.
     """
@@ -1703,11 +1706,16 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
     capacity, words = (memory, 'given') if memory else available_memory()
     half = torch.float16 if gpu and config.precision != 'no' else None
     config = config if config.checkpoint_activations is not None else config.override(checkpoint_activations=gpu)
-    needs = memory_plan(model, config, processes=processes, half=half)
+
+    def heaviest_stage(config):
+        plans = [memory_plan(model, stage, processes=processes, half=half) for stage in config.each_stage()]
+        return max(plans, key=lambda plan: sum(plan.values()))
+
+    needs = heaviest_stage(config)
     total = sum(needs.values())
     if total > capacity:
-        fits = (change for change in smaller_plans(config, processes) if sum(memory_plan(
-            model, config.override(**change), processes=processes, half=half).values()) <= capacity)
+        fits = (change for change in smaller_plans(config, processes)
+                if sum(heaviest_stage(config.override(**change)).values()) <= capacity)
         change = next(fits, None)
         print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
               + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))

@@ -25,6 +25,9 @@ import utilities
 T4 = 14.56 * 2**30  # bytes that nvidia-smi calls 15,360 MiB, less what CUDA keeps for itself
 
 
+MID_SIZE = CONFIG.override(image_size=224, bands=((8, 1e-4),))
+
+
 # Memory
 
 def mid_size():
@@ -69,7 +72,7 @@ def _measure(config, file):
 
 @pytest.mark.parametrize('recompute', [False, True])
 def test_the_memory_plan_is_within_15_percent_of_a_measured_run(tmp_path, monkeypatch, recompute):
-    config = CONFIG.override(batch_size=8, effective_batch=8, bands=((8, 1e-4),), checkpoint_activations=recompute)
+    config = MID_SIZE.override(batch_size=8, effective_batch=8, checkpoint_activations=recompute)
     with FakeTensorMode():
         planned = sum(utilities.memory_plan(mid_size(), config).values())
     monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '65536')  # what is freed goes back, so that the peak is of tensors
@@ -106,7 +109,7 @@ def test_a_sharded_tower_needs_half_of_the_memory_on_each_of_two_gpus_and_what_i
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_change_that_does(tmp_path, capsys):
-    config = CONFIG.override(batch_size=16, effective_batch=16, bands=((8, 1e-4),))
+    config = MID_SIZE.override(batch_size=16, effective_batch=16)
     with FakeTensorMode():
         model = mid_size()
     sizes = {change: sum(utilities.memory_plan(model, config.override(**dict(change))).values())
@@ -122,12 +125,23 @@ def test_a_plan_that_does_not_fit_names_the_smallest_change_that_does(tmp_path, 
     assert 'do not fit into 0.0 GB (given): take a smaller tower' in capsys.readouterr().out
 
 
+def test_the_plan_is_that_of_the_heaviest_stage(tmp_path):
+    with FakeTensorMode():
+        model = mid_size()
+    staged = MID_SIZE.override(epochs=2, checkpoint_activations=False).follow('hi-res')
+    heaviest = utilities.memory_plan(model, staged.each_stage()[1])
+    assert heaviest['activations'] > 1.3 * utilities.memory_plan(model, staged.each_stage()[0])['activations']
+    table = utilities.training_plan(staged, model, tmp_path, memory=1e12, disk=1e12, processes=1).set_index('need')
+    assert table.loc['memory in all', 'GB'] == pytest.approx(sum(heaviest.values()) / 1e9)
+    assert model.spec.image_size == 224
+
+
 def test_a_disk_too_small_for_two_states_is_said_before_the_first_step(tmp_path, capsys):
     with FakeTensorMode():
         model = mid_size()
     weights = sum(4 * tensor.numel() for tensor in model.state_dict().values())
     for disk, words in ((7 * weights, ''), (6.9 * weights, 'loses its state'), (3.9 * weights, 'choose another OUT_DIR.\n')):
-        utilities.training_plan(CONFIG, model, tmp_path / 'run', memory=1e12, disk=disk)
+        utilities.training_plan(MID_SIZE, model, tmp_path / 'run', memory=1e12, disk=disk)
         said = capsys.readouterr().out
         assert words in said and bool(words) == ('do not fit on the disk' in said)
 
