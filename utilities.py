@@ -202,6 +202,14 @@ class Config:
             raise ValueError(f'{path} is not a configuration: {error}') from None
 
 
+def config_table(config, blocks=3):
+    """A configuration to look at: DataFrame of (field, value), `blocks` times side by side."""
+    rows = pd.DataFrame([(name, str(value)) for name, value in asdict(config).items()], columns=['field', 'value'])
+    height = -(-len(rows) // blocks)
+    parts = [rows[start:start + height].reset_index(drop=True) for start in range(0, len(rows), height)]
+    return pd.concat(parts, axis=1).fillna('')
+
+
 PUBLISHED = {'place4': {  # the towers of the nine published runs; LAION-2B for ViT-L/14 is a choice of the notebook here
     'vit_h_224': {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 224},
     'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}

@@ -1,5 +1,8 @@
 """The embedded data: honest splits, repeatable photographs, shippable weights, a vocabulary worth the name."""
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,18 @@ def test_the_training_notebook_runs_on_real_photographs(photos_folder, tmp_path)
         **files, 'DEMO': False, 'OUT_DIR': str(tmp_path), 'OVERRIDES': changes}, kernel_name='python3', progress_bar=False)
     scores = pd.read_csv(tmp_path / 'vit_h_224_none/scores.csv')
     assert set(scores['stage']) == {'untrained', 'ingredient'} and scores['mp5'].between(.05, 1).all()
+
+
+def cpu_seconds(code):
+    """The least CPU time of three fresh interpreters that run the code."""
+    times = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, '-c', code], check=True)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(times)
+
+
+def test_importing_the_module_takes_at_most_half_again_the_time_of_its_libraries():
+    assert cpu_seconds('import utilities') <= 1.5 * cpu_seconds('import torch, torchvision, open_clip')

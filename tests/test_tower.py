@@ -1,4 +1,5 @@
 """Towers, head, parameter groups: what is loaded, what is trained and how fast."""
+import dataclasses
 import json
 from collections import Counter
 
@@ -227,6 +228,13 @@ def test_a_configuration_survives_its_file(tmp_path):
     config = utilities.Config(augmentation='cutout', bands=((3, 1e-3), (6, 1e-2)))
     config.save(tmp_path / 'config.json')
     assert utilities.Config.load(tmp_path / 'config.json') == config
+
+
+def test_the_table_of_a_configuration_names_every_field_once_with_its_value():
+    config = utilities.Config(augmentation='cutout')
+    table = utilities.config_table(config, blocks=3).to_numpy()
+    pairs = [(row[i], row[i + 1]) for i in (0, 2, 4) for row in table if row[i]]
+    assert pairs == [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
 
 
 def test_unknown_words_are_reported(capsys):
