@@ -114,9 +114,9 @@ def test_the_training_notebook_runs_on_real_photographs(photos_folder, tmp_path)
 
 
 def cpu_seconds(code):
-    """The least CPU time of three fresh interpreters that run the code."""
+    """The least CPU time of two fresh interpreters that run the code."""
     times = []
-    for _ in range(3):
+    for _ in range(2):
         before = os.times()
         subprocess.run([sys.executable, '-c', code], check=True)
         after = os.times()
