@@ -2600,19 +2600,20 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=('/
 
 
 def attached_runs(tower, search):
-    """The finished runs of a tower in attached outputs, the least deep first."""
+    """The finished runs of a tower in attached outputs, the least deep first; the stages within a run are none."""
     places = (os.path.join(glob_escape(str(root)), *['*'] * depth, f'{tower}_*', 'model.safetensors')
               for root in search for depth in range(5))
-    return [Path(file).parent for place in places for file in sorted(glob(place))]
+    runs = [Path(file).parent for place in places for file in sorted(glob(place))]
+    return [run for run in runs if not run.parent.name.startswith(f'{tower}_')]
 
 
 def link_runs(runs, names=()):
-    """Folders of links to all files of runs but their states; a run whose name was there before is left out."""
+    """Folders of links to all files of runs but their states and stages; a run whose name was there before is left out."""
     linked, names = [], set(names)
     for run in runs:
         if run.name not in names:
-            files = [file.relative_to(run) for file in run.rglob('*') if file.is_file()]
-            linked.append(_linked_folder(run.name, {name: run / name for name in files if name.parts[0] != 'state'}))
+            files = [file for file in [*run.glob('*'), *run.glob('vectors/*')] if file.is_file()]
+            linked.append(_linked_folder(run.name, {file.relative_to(run): file for file in files}))
             names.add(run.name)
             print(f'{run.name}: taken from {run}')
     return linked

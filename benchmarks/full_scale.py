@@ -1,12 +1,13 @@
 """The whole way of one ingredient at its real size, on a CPU: the towers of the recipe with random weights.
 
-    python benchmarks/full_scale.py                       # ViT-H/14 at 224 px, then ViT-L/14 at 336; about 15 minutes
+    python benchmarks/full_scale.py                       # ViT-H/14 at 224 px, then ViT-L/14 at 336
     python benchmarks/full_scale.py --towers ViT-L-14     # one of them
 
-Needs about 12 GB of memory and 35 GB of disk in the temporary folder (TMPDIR), all of it deleted in the end. Each stage is a
-process of its own, as in a Kaggle session that is stopped and started again; fit itself trains, with the head of the
-published run (17,642 classes) and emoji photographs. Prints a markdown table: seconds with imports left out, and the peak of
-RssAnon, libraries included (mapped files do not count: the system can drop them at any time).
+Took 48 minutes on 2 cores that had much other work. Needs 12 GB of memory, and in the temporary folder (TMPDIR) 22 GB of
+disk, all of it deleted in the end. Each stage is a process of its own, as in a Kaggle session that is stopped and started
+again; fit itself trains, with the head of the published run (17,642 classes) and emoji photographs. Prints a markdown table:
+seconds with imports left out, and the peak of RssAnon, libraries included (mapped files do not count: the system can drop
+them at any time).
 """
 import argparse
 import json

@@ -178,18 +178,23 @@ def test_finished_runs_of_attached_outputs_are_ingredients_too_and_nothing_is_wr
     own, attached = tmp_path / 'runs', tmp_path / 'input'
     tower = utilities.load_image_tower('ViT-Tiny', 'gelu@random')
     places = [own / 'tiny_none', attached / 'notebook-1/runs/tiny_none', attached / 'a/b/notebook-2/runs/tiny_cutout',
-              attached / 'notebook-3/runs/other_none', attached / 'too/deep/for/us/runs/tiny_flip']
+              attached / 'a/b/notebook-2/runs/tiny_cutout/tiny_cutout-stage-1', attached / 'notebook-3/runs/other_none',
+              attached / 'too/deep/for/us/runs/tiny_flip']
     for place in places:
         utilities.save_run(place, utilities.Embedder(tower), utilities.Config())
         utilities.Config().save(place / 'config.json')
         (place / 'state').mkdir()
+        (place / 'vectors').mkdir()
+        (place / 'vectors' / 'query.npz').touch()
         (place / 'state' / 'large').touch()
     before = sorted(attached.rglob('*'))
     found = utilities.find_ingredients(own, ['tiny'], search=(attached,))
     assert [run.name for run in found['tiny']] == ['tiny_none', 'tiny_cutout'] and found['tiny'][0] == places[0]
     assert 'tiny_cutout: taken from' in capsys.readouterr().out
     linked = found['tiny'][1]
-    assert utilities.Config.load(linked / 'config.json') == utilities.Config() and not (linked / 'state').exists()
+    assert utilities.Config.load(linked / 'config.json') == utilities.Config()
+    assert {path.name for path in linked.iterdir()} == {'model.safetensors', 'config.json', 'vectors'}
+    assert (linked / 'vectors' / 'query.npz').is_symlink()
     assert utilities.state_digest(utilities.open_checkpoint(linked)) == utilities.state_digest(
         utilities.open_checkpoint(places[2]))
     utilities.write_text(linked / 'scores.csv', 'dim,mp5\n64,.5\n')
