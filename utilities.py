@@ -142,8 +142,10 @@ class Config:
             raise ValueError(f'Config.precision is {self.precision!r}; choose auto, no, fp16 or bf16.')
         if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
             raise ValueError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
-        if isinstance(self.domains, str):
-            raise ValueError(f'Config.domains is {self.domains!r}; give a list of names.')
+        for name, kind, words in (('domains', str, 'a list of names'), ('stages', dict, 'a list of {field: value}')):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(isinstance(item, kind) for item in given):
+                raise ValueError(f'Config.{name} is {given!r}; give {words}.')
         object.__setattr__(self, 'domains', tuple(self.domains))
         object.__setattr__(self, 'stages', self._whole_stages())
 

@@ -27,7 +27,9 @@ OUT_OF_RANGE = [  # of every field with limits: below, above, and no number
     ('bands', value) for value in (
         (), ((5, 1.), (3, 1.)), ((5, 1.), (5, 2.)), ((5, -1.),), ((5, math.nan),), ((5, math.inf),), ((0, 1.),), (5, 1.),
         ((5,),), (('a', 'b'),), 'bands', 7)
-] + [(name, value) for name in ('model_name', 'pretrained') for value in (7, ['ViT'], True)] + [
+] + [(name, value) for name in ('model_name', 'pretrained', 'teacher', 'trains') for value in (7, ['ViT'], True)] + [
+    (name, value) for name in ('domains', 'stages') for value in ('art', 7, [7], None)] + [
+    ('trains', 'tail'), ('trains', 'last 0'), ('head_norm', 1), ('head_norm', None),
     ('model_name', ''), ('augmentation', 'mixup'), ('augmentation', 7), ('precision', 'fp8'), ('precision', 16),
     ('checkpoint_activations', 'yes'), ('checkpoint_activations', 1), ('shard', None), ('shard', 'yes'),
     ('effective_batch', 12)]
