@@ -714,7 +714,8 @@ class Photos(Dataset):
     @property
     def unreadable(self):
         """Paths of the photos that could not be read so far, by whichever worker."""
-        return [self.paths[index] for index in self._bad.nonzero().flatten().tolist()]
+        bad = self._bad.clone()  # nonzero counts, then looks again, and fails where a worker wrote between
+        return [self.paths[index] for index in bad.nonzero().flatten().tolist()]
 
     def _readable(self, index):
         for source in self._candidates(index):
