@@ -2177,7 +2177,7 @@ def keep_vectors(path, vectors, paths, digest):
 # out: one state {name: tensor} made of them (average, greedy soup, WiSE-FT), and how well they mix
 
 SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
-CHUNK = 1 << 15  # values summed at a time: they stay in the cache, and torch starts no threads of its own
+CHUNK = 1 << 17  # values summed at a time: they stay in the cache, and threads seldom wait for each other
 
 
 def checkpoint_file(path):
@@ -2364,29 +2364,30 @@ def _mean(name, terms):
     if not tensors[0].is_floating_point():
         return torch.stack(tensors).amax(0)
     mean = torch.empty(tensors[0].shape, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
-    flat, total = mean.view(-1).numpy(), np.empty(CHUNK)
+    flat, buffers, whole = mean.view(-1).numpy(), np.empty((2, CHUNK)), sum(weights)
     for window, values in _windows(tensors):
-        part = total[:len(values[0])]
-        part.fill(-0.)  # adding to -0., unlike 0., keeps the sign of a zero
-        for value, weight in zip(values, weights, strict=True):
-            np.add(part, value if weight == 1 else np.multiply(value, weight, dtype=np.float64), out=part)
-        if not np.isfinite(part.sum()):
+        total, term = buffers[:, :len(values[0])]
+        np.multiply(values[0], weights[0], out=total, dtype=np.float64)  # not added to 0., which would lose the sign of -0.
+        for value, weight in zip(values[1:], weights[1:], strict=True):
+            np.copyto(term, value)  # widening apart: numpy's mixed addition takes twice as long
+            total += term if weight == 1 else np.multiply(term, weight, out=term)
+        total /= whole
+        np.copyto(flat[window], total, casting='same_kind')
+        if not np.isfinite(total.sum()):
             sick = [str(state.path) for state, _ in terms if not torch.isfinite(state[name]).all()]
             raise ValueError(f'{name} is not finite in {", ".join(sick)}: training diverged, leave it out.')
-        np.divide(part, sum(weights), out=flat[window], casting='same_kind')
     return mean
 
 
 def _windows(tensors):
     """CHUNK values at a time -> their place, and an array (float32 or wider) for each tensor."""
     flats = [tensor.detach().reshape(-1) for tensor in tensors]
-    for start in range(0, flats[0].numel(), CHUNK):
+    flats = [flat.numpy() if flat.device.type == 'cpu' and flat.dtype in (torch.float32, torch.float64) else flat
+             for flat in flats]
+    for start in range(0, len(flats[0]), CHUNK):
         window = slice(start, start + CHUNK)
-        yield window, [_as_array(flat[window]) for flat in flats]
-
-
-def _as_array(tensor):
-    return tensor.to('cpu', torch.promote_types(tensor.dtype, torch.float32)).numpy()
+        yield window, [flat[window] if isinstance(flat, np.ndarray) else
+                       flat[window].to('cpu', torch.promote_types(flat.dtype, torch.float32)).numpy() for flat in flats]
 
 
 def interpolate_states(zero_shot, fine_tuned, alpha):
