@@ -2790,7 +2790,7 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
 
     whiten: direction j is multiplied by variance_j ** (-whiten / 2): 0 is plain, 1 makes each variance 1.
     weights: (n,) importance of the rows, e.g. to even out kinds of object; only their ratios matter.
-    Signs: each direction's largest absolute entry is positive. Memory: a few d² float64 and 8,192 rows.
+    Signs: each direction's largest absolute entry is positive. Memory: a few d² float64 and 32,768 rows.
     ValueError: dim out of range, unfit weights, a NaN or infinite row, embeddings that hardly vary.
     """
     from scipy.linalg import eigh
@@ -2831,24 +2831,27 @@ def _check_dim(dim, d, n=np.inf):
 
 
 @np.errstate(invalid='ignore')  # an infinite row is named below
-def _moments(embeddings, weights, chunk=8192):
-    """Mean (d,) and covariance (d, d), float64, for weights of mean 1; a rough mean keeps terms from cancelling.
+def _moments(embeddings, weights, chunk=32_768):
+    """Mean (d,) and covariance (d, d), float64, for weights of mean 1.
 
-    Products are float64 where that takes a second, else of the embeddings' precision: errors average out.
+    Products are float64 where that takes a second, else of the embeddings' precision: errors average out. A mean far larger
+    than the spread is taken off first, roughly, as terms would cancel; else that costs more than it mends.
     """
     n, d = embeddings.shape
     dtype = np.float64 if n * d * d < 2e10 else np.result_type(embeddings, np.float32)
-    total, scatter, shift = np.zeros(d), np.zeros((d, d)), None
+    first = embeddings[:512].astype(np.float64)
+    rough = first.mean(0)
+    shift = rough.astype(dtype) if rough @ rough > 10 * first.var(0).sum() else np.zeros(d, dtype)
+    total, scatter = np.zeros(d), np.zeros((d, d))
     for start in range(0, n, chunk):
-        rows = embeddings[start:start + chunk].astype(dtype, copy=False)
-        shift = rows.mean(0, dtype=np.float64).astype(dtype) if shift is None else shift
-        centred, weight = rows - shift, weights[start:start + chunk].astype(dtype)
+        rows, weight = embeddings[start:start + chunk].astype(dtype, copy=False), weights[start:start + chunk].astype(dtype)
+        centred = rows - shift if shift.any() else rows
         moved = weight @ centred
         if not np.isfinite(moved).all():
             bad = start + int((~np.isfinite(rows)).any(1).argmax())
             raise ValueError(f'embedding {bad} holds NaN or infinite values: leave it out or embed it again')
         total += moved
-        centred *= np.sqrt(weight)[:, None]
+        centred = centred if (weight == 1).all() else centred * np.sqrt(weight)[:, None]
         scatter += centred.T @ centred
     offset = total / n
     return shift + offset, (scatter - n * np.outer(offset, offset)) / (n - 1)
