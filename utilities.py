@@ -2931,24 +2931,25 @@ def nearest_neighbours(query, index, k, *, exclude=None, chunk=32_768, device=No
 
 def _search(query, index, k, exclude, chunk, device):
     """A shortlist from matrix products, then true distances in float64 on the CPU, alike for all devices."""
-    groups, settled = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, device)
-    query, rows = query.cpu().double(), (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
-    distances, indices = query.new_empty(len(query), k), rows.new_empty(len(query), k)
-    batch = max(1, 2**20 // (rows.shape[1] * query.shape[1]))
-    for some in settled.nonzero()[:, 0].split(batch):
-        at = rows[some]
-        vectors = _rows(index, at.clamp(max=len(index) - 1).flatten().numpy()).cpu().double()
-        apart = _euclidean(query[some, None], vectors.view(*at.shape, query.shape[1]))[:, 0]
-        apart[(at >= len(index)) | (at == exclude[some, None])] = torch.inf
-        distances[some], indices[some] = _first(k, apart, at)
-    for some in (~settled).nonzero()[:, 0].split(64):
-        if len(some):
-            distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
+    groups, needed = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, device)
+    query = query.cpu().double()
+    distances, indices = query.new_empty(len(query), k), exclude.new_empty(len(query), k)
+    for many in needed.unique().tolist():
+        sure = many < groups.shape[1]
+        for some in (needed == many).nonzero()[:, 0].split(max(1, 2**20 // (many * GROUP * query.shape[1])) if sure else 64):
+            if not sure:
+                distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
+                continue
+            at = (groups[some, :many].sort(1).values[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
+            vectors = _rows(index, at.clamp(max=len(index) - 1).flatten().numpy()).cpu().double()
+            apart = _euclidean(query[some, None], vectors.view(*at.shape, query.shape[1]))[:, 0]
+            apart[(at >= len(index)) | (at == exclude[some, None])] = torch.inf
+            distances[some], indices[some] = _first(k, apart, at)
     return distances, indices
 
 
 def _shortlist(query, index, wanted, chunk, device):
-    """`wanted` + 3 groups of index rows for each query, ascending, and whether they surely hold the nearest.
+    """The `wanted` + 3 best groups of index rows for each query, and how many of them are needed: all may not be enough.
 
     A row's score q·x - |x|²/2 grows as its distance falls; a group scores as its best row. Rounding moves a
     score by at most slack / 2. The `wanted` best groups hold that many rows whose true scores are no less
@@ -2959,31 +2960,33 @@ def _shortlist(query, index, wanted, chunk, device):
     query, width, largest = (query.to(device) - center).to(dtype), wanted + 3, 0.0
     best = query.new_full((len(query), width), -torch.inf)
     groups = torch.full_like(best, len(index), dtype=torch.int64)  # beyond the last row: none yet
+    scores = query.new_empty(len(query), width + -(-min(chunk, len(index)) // GROUP))
     for start in range(0, len(index), chunk):
         x = (_rows(index, slice(start, start + chunk), 'index').to(device) - center).to(dtype)
         half = x.square().sum(1) / 2
         largest = max(largest, float(half.max()))
-        best, place = torch.cat([best, _group_scores(query, x, half)], 1).topk(width)
+        scores = scores[:, :width + -(-len(x) // GROUP)]
+        scores[:, :width] = best
+        _group_scores(query, x, half, out=scores[:, width:])
+        best, place = scores.topk(width)
         known = groups.gather(1, place.clamp(max=width - 1))
         groups = torch.where(place < width, known, place - width + start // GROUP)
     bound = query.norm(dim=1) * (2 * largest) ** 0.5 + 2 * largest  # of the terms in a score
     slack = bound * (query.shape[1] + 16) * torch.finfo(dtype).eps
-    settled = (best[:, wanted - 1] - best[:, -1] > slack) | (best[:, -1] == -torch.inf)
-    return groups.sort(1).values.cpu(), settled.cpu()
+    return groups.cpu(), (best > (best[:, wanted - 1] - slack)[:, None]).sum(1).cpu()
 
 
-def _group_scores(query, x, half):
-    """The best q·x - half in each group of rows of x -> (q, n / GROUP), in tiles that fit a cache."""
+def _group_scores(query, x, half, out):
+    """The best q·x - half in each group of rows of x, into out (q, n / GROUP), in tiles that fit a cache."""
     missing = -len(x) % GROUP
     x, half = F.pad(x, (0, 0, 0, missing)), F.pad(half, (0, missing), value=torch.inf)
     tile_q, tile_x = (256, 2048) if x.device.type == 'cpu' else (4096, 16_384)
-    buffer, best = x.new_empty(tile_q * tile_x), x.new_empty(len(query), len(x) // GROUP)
-    for q, best_q in zip(query.split(tile_q), best.split(tile_q)):
-        for rows, bias, out in zip(x.split(tile_x), half.split(tile_x), best_q.split(tile_x // GROUP, 1)):
+    buffer = x.new_empty(tile_q * tile_x)
+    for q, out_q in zip(query.split(tile_q), out.split(tile_q)):
+        for rows, bias, best in zip(x.split(tile_x), half.split(tile_x), out_q.split(tile_x // GROUP, 1)):
             scores = buffer[:len(rows) * len(q)].view(len(rows), len(q))
             torch.addmm(-bias[:, None], rows, q.T, out=scores)
-            out.copy_(scores.view(-1, GROUP, len(q)).amax(1).T)
-    return best
+            best.copy_(scores.view(-1, GROUP, len(q)).amax(1).T)
 
 
 def _scan(query, index, k, exclude, chunk):
@@ -2998,8 +3001,11 @@ def _scan(query, index, k, exclude, chunk):
 
 
 def _first(k, distances, indices):
-    """The k first by (distance, index); indices ascend among equals, so a stable sort settles ties."""
-    order = distances.sort(dim=1, stable=True).indices[:, :k]
+    """The k first by (distance, index); indices ascend among equals, so where there are ties a stable sort settles them."""
+    nearest, order = distances.topk(min(k + 1, distances.shape[1]), largest=False)  # the next one too, as it may be a tie
+    tied = (nearest[:, 1:] == nearest[:, :-1]).any(1)
+    order[tied] = distances[tied].sort(dim=1, stable=True).indices[:, :order.shape[1]]
+    order = order[:, :k]
     return distances.gather(1, order), indices.gather(1, order)
 
 
