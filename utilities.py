@@ -77,6 +77,7 @@ class Config:
     min_images: int = 4                       # classes with fewer teach ArcFace little and are left out
     max_images: int = 50                      # a class gives at most so many, so that none dominates
     domains: tuple = ()                       # trained on; () is all that the data has
+    sampling: str = 'photographs'             # 'classes' or 'domains': each drawn equally often, however many it has
     augmentation: str = 'none'                # the one thing in which a soup's ingredients differ
     embedding_dim: int = 512                  # width that the classes are separated in; PCA brings it to 64 later
     head_norm: bool = False                   # batch normalisation, without weights, of what enters the head
@@ -85,6 +86,7 @@ class Config:
     margin_min: float = 0.05                  # radians, for the most frequent class
     margin_width: float = 0.45                # added for the rarest one
     margin_growth: float = 0.0                # radians that every margin grows by each epoch
+    partial_centers: float = 1.0              # share of the classes that a batch is compared with, its own among them
     distil: float = 0.0                       # weight of keeping a teacher's distances and angles within a batch_size
     teacher: str = ''                         # the teacher: another run's folder; '' is the untrained tower
     trains: str = 'all'                       # or 'head', 'tower', 'last N': N blocks, what follows them, and the head
@@ -117,6 +119,7 @@ class Config:
               'warmup_steps': (0, 10**9), 'clip_norm': (1e-9, 1e9), 'validate_every': (1, 10**9), 'workers': (0, 512),
               'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9),
               'max_skipped': (0, 10**9), 'overlap': (0, .9), 'margin_growth': (0, math.pi), 'distil': (0, 1e6),
+              'partial_centers': (1e-6, 1),
               'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
 
     OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
@@ -138,6 +141,8 @@ class Config:
         if self.effective_batch % self.batch_size:
             raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
+        if self.sampling not in ('photographs', 'classes', 'domains'):
+            raise ValueError(f'Config.sampling is {self.sampling!r}; choose photographs, classes or domains.')
         if self.precision not in ('auto', 'no', 'fp16', 'bf16'):
             raise ValueError(f'Config.precision is {self.precision!r}; choose auto, no, fp16 or bf16.')
         if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
@@ -688,13 +693,16 @@ class Photos(Dataset):
     An item is {'image': uint8 (3, size, size), 'target': int, 'index': i, 'unreadable': bool}; the
     augmentation depends on (seed, epoch, i) alone. Targets default to the rank of the label. With `replace`
     (training) an unreadable photo gives way to the next readable one of its class, or else of any class;
-    without it (evaluation) its image is black. More than `max_unreadable` raise OSError."""
+    without it (evaluation) its image is black. More than `max_unreadable` raise OSError. `sampling`: what a
+    training order draws equally often; a photo's second turn in an epoch is photos[epoch, i, 1]."""
 
     def __init__(self, frame, size, augment='none', *, seed=5, targets=None, replace=False,
-                 max_unreadable=100):
+                 max_unreadable=100, sampling='photographs'):
         self.paths = frame['path'].tolist()
         ranks, _ = pd.factorize(frame['label'], sort=True)
         self.targets = ranks if targets is None else np.asarray(targets)
+        self.groups = {'photographs': lambda: None, 'classes': lambda: self.targets,
+                       'domains': lambda: frame['domain'].to_numpy()}[sampling]()
         self.transform = augmentation(augment)
         self.size, self.seed, self.replace, self.max_unreadable = size, seed, replace, max_unreadable
         self._bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
@@ -703,10 +711,10 @@ class Photos(Dataset):
         return len(self.paths)
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, *turn = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[index]
         image, source = self._readable(index)
-        with _seeded(self.seed, epoch, index):
+        with _seeded(self.seed, epoch, index, *turn):
             image = self.transform(image)
         return {'image': image, 'target': int(self.targets[source]), 'index': index,
                 'unreadable': bool(self._bad[index])}
@@ -751,6 +759,24 @@ def _seeded(*entropy):
         generator.set_state(state)
 
 
+def sampling_order(n, groups, seed, epoch):
+    """[(epoch, index)] or, from the second turn of a sample on, [(epoch, index, turn)]: the n samples of an epoch.
+
+    groups (n,): each of its values is drawn equally often, and each sample of one as often as another, up to one time
+    (balanced sampling; Ypsilantis 2023, "Towards Universal Image Embeddings", https://arxiv.org/abs/2309.01858). None: every
+    sample once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if groups is None:
+        return [(epoch, index) for index in rng.permutation(n).tolist()]
+    codes, names = pd.factorize(np.asarray(groups))
+    members = np.split(np.argsort(codes, kind='stable'), np.bincount(codes).cumsum()[:-1])
+    each = n // len(names) + (rng.permutation(len(names)) < n % len(names))
+    order = rng.permutation(np.concatenate([np.resize(rng.permutation(own), k) for own, k in zip(members, each)]))
+    turns = pd.Series(order).groupby(order).cumcount()
+    return [(epoch, index, turn) if turn else (epoch, index) for index, turn in zip(order.tolist(), turns)]
+
+
 def loader(photos, batch_size, *, train=False, epoch=0, start=0, rank=0, processes=1, workers=None):
     """DataLoader over Photos, for one pass. Evaluation: every photo in order.
 
@@ -763,10 +789,11 @@ def loader(photos, batch_size, *, train=False, epoch=0, start=0, rank=0, process
     cuda, cores = torch.cuda.is_available(), os.cpu_count() or 1
     if workers is None:
         workers = min(cores, 8) if cuda or cores >= 8 else 0
-    order = np.random.default_rng([photos.seed, epoch]).permutation(len(photos))[start:]
-    turns = len(order) // (batch_size * processes)  # every process takes its part of the same global batch
-    order = order[:turns * batch_size * processes].reshape(turns, processes, batch_size)[:, rank].ravel().tolist()
-    return DataLoader(photos, batch_size, sampler=[(epoch, index) for index in order] if train else None,
+    order = sampling_order(len(photos), photos.groups, photos.seed, epoch)[start:] if train else []
+    together = batch_size * processes  # every process takes its part of the same global batch
+    order = [key for place, key in enumerate(order[:len(order) // together * together])
+             if place % together // batch_size == rank]
+    return DataLoader(photos, batch_size, sampler=order if train else None,
                       drop_last=train, num_workers=workers, pin_memory=cuda, worker_init_fn=_one_thread,
                       generator=torch.Generator().manual_seed(photos.seed))
 
@@ -1120,10 +1147,13 @@ class SubcenterHead(nn.Module):
             features = F.dropout(features, .1) * mask
         return self.embedding(features)
 
-    def cosine(self, embedding):
-        """(n, dim) -> cosine to the nearest centre of every class, float32 (n, n_classes)."""
+    def cosine(self, embedding, classes=None):
+        """(n, dim) -> cosine to the nearest centre of every class, float32 (n, n_classes), or of `classes` (k,): (n, k)."""
+        centers = self.centers
+        if classes is not None:
+            centers = centers.unflatten(0, (-1, self.subcenters))[classes].flatten(0, 1)
         with torch.autocast(embedding.device.type, enabled=False):  # a cosine near 1 has no digits left in fp16
-            return NearestCenter.apply(F.normalize(embedding.float()), self.centers.float(), self.subcenters)
+            return NearestCenter.apply(F.normalize(embedding.float()), centers.float(), self.subcenters)
 
 
 class Embedder(nn.Module):
@@ -1142,13 +1172,14 @@ class Embedder(nn.Module):
         self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images, classify=False, relate=False):
-        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes); relate:
-        these and the head's embedding (n, dim) that they are of."""
+    def forward(self, images, classify=False, relate=False, classes=None):
+        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes), or of some
+        `classes` (k,) alone (n, k); relate: these and the head's embedding (n, dim) that they are of."""
         features = self.tower((images.float() - self.mean) / self.std)
         if classify or relate:
             embedding = self.head(features)
-            return (self.head.cosine(embedding), embedding) if relate else self.head.cosine(embedding)
+            cosine = self.head.cosine(embedding, classes)
+            return (cosine, embedding) if relate else cosine
         return self.project(features.float())
 
     def train(self, mode=True):
@@ -1259,6 +1290,17 @@ def arcface_loss(cosine, labels, margins, scale=30.0):
     shifted = target * margin.cos() - sine * margin.sin()
     shifted = torch.where(target > -margin.cos(), shifted, target - margin * margin.sin())
     return F.cross_entropy(scale * cosine.scatter(1, labels[:, None], shifted[:, None]), labels)
+
+
+def some_classes(labels, n_classes, share):
+    """(classes (k,) ascending, labels (n,) among them): those of a batch and others at random, `share` of all; all: (None,
+    labels). A step then costs that share of the head's products (An 2022, "Killing two birds with one stone: Partial FC",
+    https://arxiv.org/abs/2203.15565)."""
+    if share == 1:
+        return None, labels
+    rank = torch.rand(n_classes).index_fill_(0, labels.cpu(), 2.)
+    classes = rank.topk(max(round(share * n_classes), len(labels.unique()))).indices.sort().values.to(labels.device)
+    return classes, torch.searchsorted(classes, labels)
 
 
 def relation_loss(embedding, teacher):
@@ -1502,7 +1544,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                          f'more photographs.')
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
     photos = Photos(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
-                    replace=True, max_unreadable=config.max_unreadable)
+                    replace=True, max_unreadable=config.max_unreadable, sampling=config.sampling)
     wrapped, optimiser, schedule = prepare_training(accelerator, model, config, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
     progress = Progress(epoch=epoch)
@@ -1865,10 +1907,12 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config, teac
     total = 0.0
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
+        classes, labels = some_classes(batch['target'].to(accelerator.device), len(margins), config.partial_centers)
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                cosine, embedding = model(batch['image'].to(accelerator.device, non_blocking=True), relate=True)
-            loss = arcface_loss(cosine, batch['target'].to(accelerator.device), margins, config.scale)
+                cosine, embedding = model(batch['image'].to(accelerator.device, non_blocking=True), relate=True,
+                                          classes=classes)
+            loss = arcface_loss(cosine, labels, margins if classes is None else margins[classes], config.scale)
             if config.distil:
                 loss = loss + config.distil * relation_loss(embedding, teacher[batch['index']].to(accelerator.device))
             accelerator.backward(loss / len(batches))

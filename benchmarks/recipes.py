@@ -7,10 +7,13 @@
 FOLDER holds train.csv, query.csv and index.csv (path,label). Every run is one line of <out>/results.csv, added when it
 is done; a run that has its line is not made again, so the bench may be stopped at any time. Prints markdown tables of mP@5,
 mean ± standard deviation over the seeds: at the head's full width, at 64 dimensions (d64), and d64 less that of place4,
-seed by seed. Test-time augmentation, the mean of photograph and mirror image at 1 and 1.5 times the side, is for any recipe:
-it has columns of its own, to be compared within them only.
+seed by seed. What is done after training is for any recipe, and has columns of its own, to be compared within them only:
+overlapping patches (half of the side) where they do not overlap yet, and test-time augmentation, the mean of photograph and
+mirror image at 1 and 1.5 times the side.
 """
 import argparse
+import copy
+import json
 import shutil
 import sys
 import time
@@ -29,7 +32,7 @@ import utilities  # noqa: E402
 
 SIZES = {'miniature': 64, 'efficientnet': 160}
 SETTING = ['world', 'tower', 'image_size', 'epochs', 'max_images']
-SCORES = ['full', 'd64', 'full, test-time', 'd64, test-time']
+SCORES = [f'{width}{after}' for after in ('', ', overlap', ', test-time') for width in ('full', 'd64')]
 
 
 def configuration(tower, out, arguments):
@@ -50,7 +53,10 @@ def evaluate(model, frames, test_time):
     if test_time:
         models[', test-time'] = utilities.Submission([model], flip=True, sizes=(1, 1.5))
         models[', test-time'].spec = replace(model.spec, image_size=model.spec.image_size * 3 // 2)
-    scores = {}
+    scores, tower = {}, model.tower
+    if isinstance(tower, utilities.VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
+        models[', overlap'] = copy.deepcopy(model)
+        utilities.resize(models[', overlap'], model.spec.image_size, .5)
     for suffix, one in models.items():
         vectors = utilities.embed_all(one, frames)
         width, narrow = utilities.score_table('', '', vectors, frames)['mp5']
@@ -64,7 +70,9 @@ def run(config, recipe, seed, frames, folder, test_time):
     if recipe == 'untrained':
         model, seen = utilities.Embedder(utilities.new_model(config, 1).tower), 0
     else:
-        config = config.override(seed=seed, head_seed=seed).follow(recipe)
+        name, *changes = recipe.split(',')
+        changes = {field: json.loads(value) for field, value in (change.split('=') for change in changes)}
+        config = config.override(seed=seed, head_seed=seed).follow(name).override(**changes)
         model = utilities.new_model(config, frames['train']['label'].nunique())
         shutil.rmtree(folder, ignore_errors=True)
         utilities.fit_stages(config, model, frames['train'], folder)
@@ -107,8 +115,9 @@ def spread(values, sign=''):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--recipes', nargs='+', default=['untrained', *utilities.RECIPES],
-                        choices=['untrained', *utilities.RECIPES])
+    parser.add_argument('--recipes', nargs='+', default=['untrained', *utilities.RECIPES], metavar='RECIPE',
+                        help=f"{', '.join(['untrained', *utilities.RECIPES])}; also with other values of a Config's fields "
+                             "as JSON, like 'place4,sampling=\"classes\"'")
     parser.add_argument('--seeds', type=int, nargs='+', default=[5, 6, 7])
     parser.add_argument('--photos', type=Path)
     parser.add_argument('--worlds', nargs='+', default=['emoji', *SIZES], choices=['emoji', *SIZES],

@@ -530,6 +530,31 @@ def test_training_order_is_a_permutation_that_changes_with_seed_and_epoch_only(f
     assert len({tuple(order(5, 0)), tuple(order(5, 1)), tuple(order(6, 0))}) == 3
 
 
+@pytest.mark.parametrize('sizes, n', [((1, 2, 9), 12), ((5, 1), 6), ((1, 1, 1, 1, 20), 24), ((3, 3, 3, 3, 3), 3)])
+def test_balanced_sampling_draws_every_group_and_within_it_every_sample_equally_often(sizes, n):
+    groups = np.random.default_rng(0).permutation(np.repeat([f'group {i}' for i in range(len(sizes))], sizes))
+    keys = utilities.sampling_order(n, groups, 5, 2)
+    index = np.array([key[1] for key in keys])
+    drawn = pd.Series(groups[index]).value_counts().reindex(np.unique(groups), fill_value=0)
+    assert len(keys) == n and drawn.max() - drawn.min() <= 1
+    times = np.bincount(index, minlength=len(groups))
+    assert all(np.ptp(times[groups == name]) <= 1 for name in np.unique(groups))
+    assert len(set(keys)) == n and all(key[0] == 2 for key in keys)  # a second turn says so
+    assert keys == utilities.sampling_order(n, groups, 5, 2) != utilities.sampling_order(n, groups, 5, 3)
+
+
+def test_a_photograph_drawn_twice_in_an_epoch_is_augmented_in_two_ways_and_its_group_decides_how_often(frame):
+    frame = frame.assign(domain=['rare'] * 2 + ['common'] * 22)
+    photos = utilities.Photos(frame, 32, 'autoaugment', sampling='domains')
+    batches = gathered(utilities.loader(photos, 4, train=True))
+    times = np.bincount(batches['index'], minlength=24)
+    assert times[:2].tolist() == [6, 6] and times[2:].max() == 1 and times.sum() == 24
+    of_one = batches['image'][batches['index'] == 0]
+    assert len(of_one.flatten(1).unique(dim=0)) > 1
+    classes = utilities.Photos(frame, 32, sampling='classes')
+    assert classes.groups is classes.targets
+
+
 @pytest.mark.parametrize('done', [0, 4, 12, 24])
 def test_a_resumed_epoch_goes_on_where_it_stopped(frame, done):
     photos = utilities.Photos(frame, 8, 'cutout')

@@ -31,6 +31,7 @@ OUT_OF_RANGE = [  # of every field with limits: below, above, and no number
     (name, value) for name in ('domains', 'stages') for value in ('art', 7, [7], None)] + [
     ('trains', 'tail'), ('trains', 'last 0'), ('head_norm', 1), ('head_norm', None),
     ('model_name', ''), ('augmentation', 'mixup'), ('augmentation', 7), ('precision', 'fp8'), ('precision', 16),
+    ('sampling', 'uniform'),
     ('checkpoint_activations', 'yes'), ('checkpoint_activations', 1), ('shard', None), ('shard', 'yes'),
     ('effective_batch', 12)]
 

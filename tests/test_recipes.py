@@ -249,6 +249,27 @@ def test_margins_grow_every_epoch_also_over_stages(train, tmp_path, monkeypatch)
 
 
 
+@pytest.mark.parametrize('changes', [{'sampling': 'classes'}, {'sampling': 'domains'}, {'partial_centers': .3}])
+def test_a_run_with_another_sampling_or_some_centres_goes_on_bit_for_bit(train, tmp_path, monkeypatch, changes):
+    train = train.iloc[:66].assign(domain=['a'] * 40 + ['b'] * 26)  # 11 classes of 6, in two kinds
+    config, classes = CONFIG.override(**changes, epochs=2), train['label'].nunique()
+    utilities.fit(config, utilities.new_model(config, classes), train, tmp_path / 'whole')
+    with monkeypatch.context() as patch:
+        step, calls = utilities.optimiser_step, iter(range(100))
+
+        def late(*arguments):
+            if next(calls) == 5:
+                raise KeyboardInterrupt
+            return step(*arguments)
+        patch.setattr(utilities, 'optimiser_step', late)
+        with pytest.raises(KeyboardInterrupt):
+            utilities.fit(config.override(save_minutes=0), utilities.new_model(config, classes), train, tmp_path / 'parts')
+    utilities.fit(config.override(save_minutes=0), utilities.new_model(config, classes), train, tmp_path / 'parts')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+    utilities.fit(CONFIG.override(epochs=2), utilities.new_model(CONFIG, classes), train, tmp_path / 'plain')
+    assert not same(weights(tmp_path / 'whole'), weights(tmp_path / 'plain'))
+
+
 def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(train, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend('benchmarks')
     bench = importlib.import_module('recipes')
@@ -257,16 +278,18 @@ def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(train, tmp_pa
 
     def make(recipe, seed):
         made.append(recipe)
-        return bench.run(config, recipe, seed, frames, tmp_path / recipe, recipe == 'place4')
+        return bench.run(config, recipe, seed, frames, tmp_path / recipe[:6], recipe == 'place4')
 
-    for recipe, seed in (('untrained', 5), ('place4', 5), ('lp-ft', 5), ('untrained', 6), ('place4', 5)):
+    for recipe, seed in (('untrained', 5), ('place4', 5), ('lp-ft,scale=20', 5), ('untrained', 6), ('place4', 5)):
         line = dict(zip(bench.SETTING, ['tiny', 'miniature', 32, 2, 50])) | {'recipe': recipe, 'seed': seed}
         bench.once(line, file, partial(make, recipe, seed))
     results = pd.read_csv(file)
-    assert made == results['recipe'].tolist() == ['untrained', 'place4', 'lp-ft']
+    assert made == results['recipe'].tolist() == ['untrained', 'place4', 'lp-ft,scale=20']
     assert results['photographs'].tolist() == [0, 2 * 72, 2 * 72]
     assert results[['full', 'd64']].notna().all(axis=None)
     assert results['d64, test-time'].notna().tolist() == [False, True, False]
+    assert results['d64, overlap'].notna().all()
     results.loc[2, 'd64'] = results.loc[1, 'd64'] + .1
     lines = list(bench.table(pd.concat([results, results.assign(seed=6)])))
-    assert '144 photographs' in lines[1] and '| +0.100 ± 0.000 | 2 |' in lines[-1] and lines[-1].startswith('| lp-ft ')
+    assert '144 photographs' in lines[1] and lines[-1].startswith('| lp-ft,scale=20 ')
+    assert '| +0.100 ± 0.000 | 2 |' in lines[-1]

@@ -242,3 +242,24 @@ def test_unknown_words_are_reported(capsys):
     vectors = encode(['hot dog', 'hot zyzzyva'])
     assert vectors.shape == (2, utilities.load_image_tower(MINIATURE).spec.width)
     assert '1 words are unknown' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('share, k', [(.2, 4), (.5, 10), (.01, 3)])
+def test_a_share_of_the_classes_holds_those_of_the_batch_and_has_their_loss_and_gradient(share, k):
+    head, margins = utilities.SubcenterHead(6, 20, dim=8), utilities.adaptive_margins(torch.arange(20) + 4)
+    embedding, labels = torch.randn(5, 8), torch.tensor([7, 3, 7, 19, 3])
+    drawn = [utilities.some_classes(labels, 20, share) for _ in range(50)]
+    for classes, renamed in drawn:
+        assert len(classes) == k and classes.tolist() == sorted(set(classes.tolist()))
+        assert torch.equal(classes[renamed], labels)
+    assert share == .01 or {int(one) for classes, _ in drawn for one in classes} == set(range(20))
+    classes, renamed = drawn[0]
+    expected = head.cosine(embedding)[:, classes]
+    assert torch.allclose(head.cosine(embedding, classes), expected, atol=1e-6)
+    losses = [utilities.arcface_loss(cosine, renamed, margins[classes]) for cosine in (
+        head.cosine(embedding, classes), expected)]
+    found, reference = (torch.autograd.grad(loss, head.centers)[0] for loss in losses)
+    assert torch.allclose(found, reference, atol=1e-6)
+    absent = sorted(set(range(20)) - set(classes.tolist()))
+    assert not found.unflatten(0, (-1, 3))[absent].any()
+    assert utilities.some_classes(labels, 20, 1)[0] is None
