@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 import utilities
 
 OPENAI, HALF, IMAGENET = (.48145466, .4578275, .40821073), (.5, .5, .5), (.485, .456, .406)
+STD = {OPENAI: (.26862954, .26130258, .27577711), HALF: HALF, IMAGENET: (.229, .224, .225)}
 TOWERS = [  # name, tag ('random': timm's own), width, pixels, mean, activation, blocks, millions of parameters
     ('ViT-SO400M-14-SigLIP-384', 'webli', 1152, 384, HALF, '', 27, 428),
     ('ViT-SO400M-16-SigLIP2-384', 'webli', 1152, 384, HALF, '', 27, 428),
@@ -26,11 +27,11 @@ def test_a_tower_says_what_it_is_and_its_blocks_take_the_bands(name, tag, width,
         tower = utilities.load_image_tower(name, 'random')
         model = utilities.Embedder(tower, utilities.SubcenterHead(width, 5))
         assert tower(torch.zeros(1, 3, pixels, pixels)).shape == (1, width)
-    spec, facts = tower.spec, {'mean': tower.spec.mean}
+    spec, facts = tower.spec, {'mean': tower.spec.mean, 'std': tower.spec.std}
     if tag != 'random':
         _, facts = utilities.weights_source(name, tag)
     assert (spec.width, spec.image_size, spec.activation) == (width, pixels, activation)
-    assert tuple(facts['mean']) == pytest.approx(mean)
+    assert tuple(facts['mean']) == pytest.approx(mean) and tuple(facts['std']) == pytest.approx(STD[mean])
     assert round(sum(parameter.numel() for parameter in tower.parameters()) / 1e6) == millions
 
     config = utilities.Config()  # four bands, of 32 blocks
