@@ -1720,9 +1720,10 @@ def memory_plan(model, config, *, processes=1, half=None):
                 peak.count(tensor)
             images = torch.zeros(config.batch_size, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
             with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                cosine = model.train()(images, classify=True)
+                some = max(1, round(n_classes * config.partial_centers))
+                cosine = model.train()(images, classify=True, classes=None if some == n_classes else torch.arange(some))
             targets = torch.zeros(config.batch_size, dtype=torch.long)
-            arcface_loss(cosine, targets, torch.full((n_classes,), .3), config.scale).backward()
+            arcface_loss(cosine, targets, torch.full((some,), .3), config.scale).backward()
             del cosine
             optimiser.step()
     sizes['activations'] = peak.most - sum(sizes.values())
