@@ -65,6 +65,26 @@ class TowerClock:
         self.backward = None
 
 
+class WatchedFile:
+    """An exported file whose calls a clock counts: compiled modules take no hooks."""
+
+    def __init__(self, module, clock):
+        self.module, self.clock = module, clock
+
+    def __call__(self, *images):
+        self.clock.before(self, images)
+        vectors = self.module(*images)
+        self.clock.after(self, images, vectors)
+        return vectors
+
+    def eval(self):
+        self.module.eval()
+        return self
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
 def start_clock(file):
     """In a notebook's kernel, before its first cell: watches every tower of an Embedder and every exported file."""
     import atexit
@@ -78,9 +98,7 @@ def start_clock(file):
         clock.watch(tower)
 
     def watched_load(*arguments, **options):
-        module = load(*arguments, **options)
-        clock.watch(module)
-        return module
+        return WatchedFile(load(*arguments, **options), clock)
 
     def watched_backward(self, *arguments, **options):
         backward(self, *arguments, **options)

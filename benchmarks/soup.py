@@ -100,7 +100,7 @@ def rows_of(runs):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=3, scale=(float, 1., 'share of the 24 blocks'),
+    options = timing.arguments(__doc__, repeats=2, scale=(float, 1., 'share of the 24 blocks'),
                                count=(int, 5, 'checkpoints in the soup'))
     if options.work:
         return timing.answer(lambda question: work(options.work, question.split()))
