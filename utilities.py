@@ -701,8 +701,8 @@ class Photos(Dataset):
         self.paths = frame['path'].tolist()
         ranks, _ = pd.factorize(frame['label'], sort=True)
         self.targets = ranks if targets is None else np.asarray(targets)
-        self.groups = {'photographs': lambda: None, 'classes': lambda: self.targets,
-                       'domains': lambda: frame['domain'].to_numpy()}[sampling]()
+        column = {'photographs': None, 'classes': 'label', 'domains': 'domain'}[sampling]
+        self.groups = frame[column].to_numpy() if column else None
         self.transform = augmentation(augment)
         self.size, self.seed, self.replace, self.max_unreadable = size, seed, replace, max_unreadable
         self._bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
@@ -2979,12 +2979,12 @@ def _search(query, index, k, exclude, chunk, device):
     groups, needed = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, device)
     query = query.cpu().double()
     distances, indices = query.new_empty(len(query), k), exclude.new_empty(len(query), k)
-    for many in needed.unique().tolist():
-        sure = many < groups.shape[1]
-        for some in (needed == many).nonzero()[:, 0].split(max(1, 2**20 // (many * GROUP * query.shape[1])) if sure else 64):
-            if not sure:
-                distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
-                continue
+    enough = needed < groups.shape[1]
+    for some in (~enough).nonzero()[:, 0].split(64):
+        if len(some):
+            distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
+    for many in needed[enough].unique().tolist():
+        for some in (needed == many).nonzero()[:, 0].split(max(1, 2**20 // (many * GROUP * query.shape[1]))):
             at = (groups[some, :many].sort(1).values[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
             vectors = _rows(index, at.clamp(max=len(index) - 1).flatten().numpy()).cpu().double()
             apart = _euclidean(query[some, None], vectors.view(*at.shape, query.shape[1]))[:, 0]
@@ -3018,7 +3018,8 @@ def _shortlist(query, index, wanted, chunk, device):
         groups = torch.where(place < width, known, place - width + start // GROUP)
     bound = query.norm(dim=1) * (2 * largest) ** 0.5 + 2 * largest  # of the terms in a score
     slack = bound * (query.shape[1] + 16) * torch.finfo(dtype).eps
-    return groups.cpu(), (best > (best[:, wanted - 1] - slack)[:, None]).sum(1).cpu()
+    near = (best >= (best[:, wanted - 1] - slack)[:, None]) & (best > -torch.inf)
+    return groups.cpu(), near.sum(1).cpu()
 
 
 def _group_scores(query, x, half, out):

@@ -1,10 +1,12 @@
 """Every benchmark of speed still runs and still holds its result against the reference's; ratios are not judged here."""
+import importlib
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import timing
 
@@ -43,3 +45,12 @@ def test_peak_memory_sees_what_is_gone_by_the_end():
         return len(held)
     before = timing.anonymous_memory()
     assert timing.measured(work)[0]['bytes'] - before > 150e6
+
+
+def test_the_demos_clock_counts_calls_of_an_exported_file(monkeypatch):
+    monkeypatch.syspath_prepend('benchmarks')
+    demo_share = importlib.import_module('demo_share')
+    clock, images = demo_share.TowerClock(), torch.rand(2, 3)
+    module = torch.jit.script(torch.nn.Linear(3, 4))
+    watched = demo_share.WatchedFile(module, clock).eval()
+    assert torch.equal(watched(images), module(images)) and clock.seconds > 0

@@ -270,6 +270,12 @@ def test_a_run_with_another_sampling_or_some_centres_goes_on_bit_for_bit(train, 
     assert not same(weights(tmp_path / 'whole'), weights(tmp_path / 'plain'))
 
 
+def test_the_memory_plan_counts_the_classes_that_a_batch_is_compared_with():
+    model = utilities.new_model(CONFIG, 20_000)
+    all_of_them, some = (utilities.memory_plan(model, CONFIG.override(partial_centers=share)) for share in (1., .1))
+    assert some['activations'] < .9 * all_of_them['activations'] and some['gradients'] == all_of_them['gradients']
+
+
 def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(train, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend('benchmarks')
     bench = importlib.import_module('recipes')

@@ -38,6 +38,16 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.parametrize('near', [6, 7, 8, 300])  # groups: more than k, and more than a shortlist holds
+def test_distances_that_float32_cannot_tell_apart_are_sorted_as_float64_does(near):
+    query = normal(3, 1, 64)
+    query = np.concatenate([query, -query])  # their mean is 0, so that a score is a small difference of large terms
+    for seed in range(20):
+        index = normal(seed, near * utilities.GROUP, 64) * 5
+        index[::utilities.GROUP] = query[0] + utilities.l2_normalise(normal(seed + 100, near, 64))  # one in each group
+        assert_neighbours(query, index, 5)
+
+
 @pytest.mark.parametrize('shape', [(1, 1, 1, 1), (7, 40, 3, 40), (300, 2500, 64, 5), (5, 700, 63, 33)])
 def test_neighbours_are_those_of_float64_brute_force(shape):
     q, n, d, k = shape
