@@ -1,6 +1,7 @@
 """Stages and recipes: what each trains, that stages go on where they were stopped, towers at other sizes, distillation."""
 import importlib
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -280,22 +281,46 @@ def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(train, tmp_pa
     monkeypatch.syspath_prepend('benchmarks')
     bench = importlib.import_module('recipes')
     frames = {'train': train, 'pca': train, 'query': train[::6], 'index': train.drop(train.index[::6])}
+    frames |= {'selection_query': train[1::6], 'selection_index': train.drop(train.index[1::6])}
     file, made, config = tmp_path / 'results.csv', [], CONFIG.override(epochs=2, embedding_dim=64)
 
-    def make(recipe, seed):
-        made.append(recipe)
-        return bench.run(config, recipe, seed, frames, tmp_path / recipe[:6], recipe == 'place4')
+    def make(line):
+        made.append(line['recipe'])
+        return bench.run(config, line['recipe'], line['seed'], frames, bench.run_folder(tmp_path, line),
+                         line['recipe'] == 'place4')
 
-    for recipe, seed in (('untrained', 5), ('place4', 5), ('lp-ft,scale=20', 5), ('untrained', 6), ('place4', 5)):
+    asked = [('untrained', 5), ('place4', 5), ('lp-ft,scale=20', 5), ('untrained', 6), ('place4', 5)]
+    for recipe, seed in asked:
         line = dict(zip(bench.SETTING, ['tiny', 'miniature', 32, 2, 50])) | {'recipe': recipe, 'seed': seed}
-        bench.once(line, file, partial(make, recipe, seed))
-    results = pd.read_csv(file)
-    assert made == results['recipe'].tolist() == ['untrained', 'place4', 'lp-ft,scale=20']
-    assert results['photographs'].tolist() == [0, 2 * 72, 2 * 72]
-    assert results[['full', 'd64']].notna().all(axis=None)
-    assert results['d64, test-time'].notna().tolist() == [False, True, False]
-    assert results['d64, overlap'].notna().all()
-    results.loc[2, 'd64'] = results.loc[1, 'd64'] + .1
-    lines = list(bench.table(pd.concat([results, results.assign(seed=6)])))
-    assert '144 photographs' in lines[1] and lines[-1].startswith('| lp-ft,scale=20 ')
-    assert '| +0.100 ± 0.000 | 2 |' in lines[-1]
+        bench.once(line, file, partial(make, line))
+    results = pd.read_csv(file).fillna({'after': ''})
+    assert made == ['untrained', 'place4', 'lp-ft,scale=20']
+    assert results[['recipe', 'after']].agg(' '.join, axis=1).tolist() == [
+        'untrained ', 'untrained overlap', 'place4 ', 'place4 overlap', 'place4 test-time', 'lp-ft,scale=20 ',
+        'lp-ft,scale=20 overlap']
+    assert results['photographs'].tolist() == [0] * 2 + [2 * 72] * 5
+    assert results[bench.SCORES].notna().all(axis=None)
+    for line in results.to_dict('records'):
+        kept = np.load(bench.run_folder(tmp_path, line) / 'precisions.npz')
+        assert np.nanmean(kept[f'd64 {line["after"]}']) == pytest.approx(line['d64'])
+        assert kept['label'].tolist() == frames['query']['label'].tolist()
+
+    trained = results.query("recipe != 'untrained'").copy()
+    for line in (trained.iloc[0].to_dict(), trained.iloc[-1].to_dict()):
+        shutil.copytree(bench.run_folder(tmp_path, line), bench.run_folder(tmp_path, line | {'seed': 6}))
+    trained.loc[trained['recipe'] == 'lp-ft,scale=20', 'd64'] = trained['d64'].iloc[0] + .1
+    lines = list(bench.table(pd.concat([trained, trained.assign(seed=6)]), tmp_path))
+    assert '144 photographs' in lines[1] and lines[4].startswith('| place4 ') and '| – | – | 2 |' in lines[4]
+    assert lines[-1].startswith('| lp-ft,scale=20, then overlap ') and '| +0.100 ± 0.000 | ' in lines[-1]
+
+
+def test_two_worlds_are_two_domains(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend('benchmarks')
+    bench = importlib.import_module('recipes')
+    monkeypatch.setattr(bench.demo, 'sources', lambda: {'train': 'emoji'})
+    monkeypatch.setattr(utilities, 'load_data', lambda train, query=None, index=None, config=None: {
+        part: pd.DataFrame({'path': [train], 'label': part, 'domain': ''}) for part in ('train', 'query')})
+    frames = bench.load_world('emoji and photographs', tmp_path, CONFIG)
+    for part in ('train', 'query'):
+        assert frames[part].to_dict('list') == {
+            'path': ['emoji', str(tmp_path / 'train.csv')], 'label': [part] * 2, 'domain': ['emoji', 'photographs']}
