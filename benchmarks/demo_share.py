@@ -1,22 +1,27 @@
-"""The share of `make demo` that is not tower arithmetic.
+"""The share of `make demo` that is not tower arithmetic, and what it is instead.
 
     python benchmarks/demo_share.py [--whole 1]
 
-Runs the demo's notebooks into a temporary folder with a clock around every call of an image tower and around the part
-of every backward pass that follows the head's; the exported file counts as a tower, its resizing included. Everything
-else is the rest: making the world, starting kernels, reading, augmenting, head, optimiser, soups, PCA, neighbours,
-pictures. Without --whole 1 one ingredient of either training notebook is run instead of five.
+Runs the demo's notebooks into a temporary folder with a clock that knows at each moment what the kernel is at: an image
+tower (its forward pass, and the part of every backward pass that follows the head's; an exported file counts as a tower,
+its resizing included) or one of PARTS. Without --whole 1 one ingredient of either training notebook is run instead of five.
 """
+import atexit
 import json
 import os
+import pkgutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import wraps
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
+import torch
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing  # noqa: E402
@@ -32,50 +37,78 @@ demo_share.start_clock({file!r})
 '''
 
 
-class TowerClock:
-    """Seconds spent in towers, forward and backward."""
+PARTS = {  # functions whose time is not the rest, beside the tower's that they call
+    'photographs': ['utilities.read_photo', 'utilities.Photos.__getitem__', 'utilities.describe', 'utilities.load_data'],
+    'head, loss, optimiser': ['utilities.optimiser_step'],
+    'files': ['utilities.keep_state', 'utilities.keep_weights', 'utilities.keep_vectors', 'utilities.save_state',
+              'utilities.state_digest', 'utilities.load_run', 'utilities.average_states'],
+    'PCA and neighbours': ['utilities.fit_pca', 'utilities.nearest_neighbours', 'utilities.paired_bootstrap'],
+    'pictures': ['matplotlib.figure.Figure.savefig', 'IPython.core.pylabtools.print_figure'] + [
+        f'utilities.{name}' for name in vars(utilities) if name.startswith(('plot_', 'show_'))],
+    'export': ['utilities.export_submission']}
+
+
+class Clock:
+    """Seconds by part: those of a part within another count for the inner one alone."""
 
     def __init__(self):
-        self.seconds, self.began, self.backward = 0., None, None
+        self.seconds, self.within, self.since = Counter(), ['rest'], time.perf_counter()
 
-    def watch(self, tower):
-        tower.register_forward_pre_hook(self.before)
-        tower.register_forward_hook(self.after)
+    def turn(self):
+        now = time.perf_counter()
+        self.seconds[self.within[-1]] += now - self.since
+        self.since = now
+
+    def enter(self, part):
+        self.turn()
+        self.within.append(part)
+
+    def leave(self):
+        self.turn()
+        self.within.pop()
 
     def __deepcopy__(self, memo):  # copied towers are watched by the same clock
         return self
 
+    def watched(self, function, part):
+        @wraps(function)
+        def timed(*arguments, **options):
+            self.enter(part)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.leave()
+        return timed
+
+    def watch_tower(self, tower):
+        tower.register_forward_pre_hook(self.before)
+        tower.register_forward_hook(self.after)
+
     def before(self, module, inputs):
-        self.began = time.perf_counter()
+        self.enter('towers')
 
     def after(self, module, inputs, output):
-        if self.began is None:  # a tower in two Embedders is watched twice
-            return
-        self.seconds += time.perf_counter() - self.began
-        self.began = None
+        self.leave()
         if output.requires_grad:
             output.register_hook(self.at_backward)
 
     def at_backward(self, gradient):
-        self.backward = time.perf_counter()
+        if self.within[-1] != 'towers':  # a tower in two Embedders is watched twice
+            self.enter('towers')
 
     def after_backward(self):
-        if self.backward is not None:
-            self.seconds += time.perf_counter() - self.backward
-        self.backward = None
+        if self.within[-1] == 'towers':
+            self.leave()
 
 
 class WatchedFile:
     """An exported file whose calls a clock counts: compiled modules take no hooks."""
 
     def __init__(self, module, clock):
-        self.module, self.clock = module, clock
+        self.module, self.call = module, clock.watched(module, 'towers')
 
     def __call__(self, *images):
-        self.clock.before(self, images)
-        vectors = self.module(*images)
-        self.clock.after(self, images, vectors)
-        return vectors
+        return self.call(*images)
 
     def eval(self):
         self.module.eval()
@@ -86,16 +119,12 @@ class WatchedFile:
 
 
 def start_clock(file):
-    """In a notebook's kernel, before its first cell: watches every tower of an Embedder and every exported file."""
-    import atexit
-
-    import torch
-    from accelerate import Accelerator
-    clock, init, load, backward = TowerClock(), utilities.Embedder.__init__, torch.jit.load, Accelerator.backward
+    """In a notebook's kernel, before its first cell: watches every tower of an Embedder, every exported file, and PARTS."""
+    clock, init, load, backward = Clock(), utilities.Embedder.__init__, torch.jit.load, Accelerator.backward
 
     def watched_init(self, tower, *arguments, **options):
         init(self, tower, *arguments, **options)
-        clock.watch(tower)
+        clock.watch_tower(tower)
 
     def watched_load(*arguments, **options):
         return WatchedFile(load(*arguments, **options), clock)
@@ -105,11 +134,16 @@ def start_clock(file):
         clock.after_backward()
 
     utilities.Embedder.__init__, torch.jit.load, Accelerator.backward = watched_init, watched_load, watched_backward
-    atexit.register(lambda: Path(file).write_text(json.dumps(clock.seconds)))
+    for part, names in PARTS.items():
+        for name in names:
+            owner, _, attribute = name.rpartition('.')
+            owner = pkgutil.resolve_name(owner)
+            setattr(owner, attribute, clock.watched(getattr(owner, attribute), part))
+    atexit.register(lambda: clock.turn() or Path(file).write_text(json.dumps(clock.seconds)))
 
 
 def timed_notebook(name, output, parameters, profile):
-    """(seconds, seconds in towers) of one notebook."""
+    """Seconds of one notebook by part; what is over before the clock starts, and after its kernel, is 'kernel, imports'."""
     file = profile / 'seconds.json'
     startup = profile / 'profile_default/startup/clock.py'
     startup.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +153,12 @@ def timed_notebook(name, output, parameters, profile):
     start = time.perf_counter()
     with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         demo.run_notebook(name, output, parameters)
-    seconds, in_towers = time.perf_counter() - start, json.loads(file.read_text())
+    seconds, parts = time.perf_counter() - start, Counter(json.loads(file.read_text()))
     file.unlink()
-    if not 0 < in_towers < seconds:
-        raise SystemExit(f'The clock of {name} says {in_towers} of {seconds} s.')
-    return seconds, in_towers
+    parts['kernel, imports'] = seconds - parts.total()
+    if min(parts['towers'], parts['kernel, imports']) <= 0:
+        raise SystemExit(f'The clock of {name} says {dict(parts)} of {seconds} s.')
+    return parts
 
 
 def plan(options, folder):
@@ -150,16 +185,22 @@ def main():
         folder = Path(folder)
         start = time.perf_counter()
         notebooks = plan(options, folder / 'demo')
-        seconds, in_towers = time.perf_counter() - start, 0.
+        parts = Counter({'photographs': time.perf_counter() - start})
         if not options.quick:
             demo.make_world(demo.RUNS / 'world')
         for name, output, parameters in notebooks:
-            both = timed_notebook(name, output / f'{name}.ipynb', parameters, folder / 'profile')
-            seconds, in_towers = seconds + both[0], in_towers + both[1]
-            print(f'{name}: {both[0]:.0f} s, of which {both[1]:.0f} s in towers', flush=True)
-    row = timing.Row('time that is not tower arithmetic, of all', seconds - in_towers, seconds, 's', '≤ 0.25')
+            of_one = timed_notebook(name, output / f'{name}.ipynb', parameters, folder / 'profile')
+            parts += of_one
+            print(f'{name}: {of_one.total():.0f} s; {in_words(of_one)}', flush=True)
+    others = Counter({part: seconds for part, seconds in parts.items() if part != 'towers'})
+    row = timing.Row('time that is not tower arithmetic, of all', others.total(), parts.total(), 's', '≤ 0.25',
+                     in_words(others))
     timing.print_table(f'make demo, {"all of it" if options.whole else f"{len(notebooks)} notebooks of it"}, '
                        f'{options.threads} threads, one run', [row])
+
+
+def in_words(parts):
+    return ', '.join(f'{part} {seconds:.0f} s' for part, seconds in parts.most_common())
 
 
 if __name__ == '__main__':

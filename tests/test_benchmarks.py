@@ -50,7 +50,26 @@ def test_peak_memory_sees_what_is_gone_by_the_end():
 def test_the_demos_clock_counts_calls_of_an_exported_file(monkeypatch):
     monkeypatch.syspath_prepend('benchmarks')
     demo_share = importlib.import_module('demo_share')
-    clock, images = demo_share.TowerClock(), torch.rand(2, 3)
+    clock, images = demo_share.Clock(), torch.rand(2, 3)
     module = torch.jit.script(torch.nn.Linear(3, 4))
     watched = demo_share.WatchedFile(module, clock).eval()
-    assert torch.equal(watched(images), module(images)) and clock.seconds > 0
+    assert torch.equal(watched(images), module(images)) and clock.seconds['towers'] > 0
+
+
+def test_the_demos_clock_counts_a_moment_once(monkeypatch):
+    monkeypatch.syspath_prepend('benchmarks')
+    demo_share = importlib.import_module('demo_share')
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(demo_share.time, 'perf_counter', lambda: next(now))
+    clock = demo_share.Clock()
+    tower = torch.nn.Linear(3, 3)
+    clock.watch_tower(tower)
+    clock.watch_tower(tower)  # as a tower in two Embedders is
+
+    def step():
+        tower(torch.ones(1, 3)).sum().backward()
+        clock.after_backward()
+    clock.watched(step, 'head')()
+    clock.turn()
+    assert clock.within == ['rest'] and clock.seconds.total() == clock.since
+    assert clock.seconds['towers'] > clock.seconds['head'] > 0
