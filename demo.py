@@ -262,6 +262,7 @@ def zero_shot():
 
 def sources():
     """The emoji world's CSV files, as utilities.load_data takes them."""
+    print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')
     world = make_world(RUNS / 'world')
     files = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
     return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]}

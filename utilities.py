@@ -1058,7 +1058,8 @@ def load_text_tower(model_name, pretrained=''):
     def encode(texts, batch_size=256):
         model.to(best_device())
         batches = [tokenizer(texts[i:i + batch_size]) for i in range(0, len(texts), batch_size)]
-        vectors = [model.encode_text(batch.to(best_device())).float().cpu() for batch in progress_bar(batches, 'texts')]
+        bar = progress_bar(batches, 'texts', disable=own_share()[0] > 0)
+        vectors = [model.encode_text(batch.to(best_device())).float().cpu() for batch in bar]
         if getattr(tokenizer, 'unknown', None):
             print(f'{len(tokenizer.unknown)} words are unknown to {model_name}: '
                   f'{", ".join(word for word, _ in tokenizer.unknown.most_common(8))}, …')
@@ -1378,6 +1379,22 @@ def launch(function, *arguments, processes=None):
     if not whole:
         raise RuntimeError(f'One of {count} processes was killed, most likely for want of memory: lower workers or '
                            f'batch_size and run this cell again; a run goes on from its last state.')
+
+
+def launch_arrays(make):
+    """launch of a function that returns {name: array}, which every process computes whole: returns the first one's."""
+    with tempfile.TemporaryDirectory() as folder:
+        def keep():
+            arrays = make()
+            if own_share()[0] == 0:
+                np.savez(Path(folder) / 'arrays.npz', **arrays)
+            return arrays
+
+        arrays = launch(keep)
+        if arrays is None:  # they were made in launched processes
+            with np.load(Path(folder) / 'arrays.npz') as kept:
+                arrays = dict(kept)
+        return arrays
 
 
 def _quietly(refused, launcher, *arguments, **options):
@@ -2609,16 +2626,17 @@ def spec_of(metadata):
 
 def list_runs(root):
     """Every run below a folder, or a list of folders: DataFrame run, model, augmentation, seed, epochs, mp5 (at dim 64, if
-    scored), digest."""
+    scored), digest of the weights."""
     rows, roots = [], [root] if isinstance(root, (str, os.PathLike)) else root
     for file in (file for folder in roots for file in sorted(Path(folder).glob('**/model.safetensors'))):
         if file.parent.parent.name == 'state':
             continue
-        metadata = open_checkpoint(file).metadata
-        config, score = json.loads(metadata.get('config', '{}')), recorded_score(file)
+        checkpoint = open_checkpoint(file)
+        metadata, score = checkpoint.metadata, recorded_score(file)
+        config = json.loads(metadata.get('config', '{}'))
         rows.append({'run': str(file.parent), **{name: config.get(name) for name in (
             'model_name', 'image_size', 'augmentation', 'seed', 'epochs')}, 'method': metadata.get('method', 'training'),
-            'mp5': np.nan if score is None else score, 'digest': file_digest(file)[:12]})
+            'mp5': np.nan if score is None else score, 'digest': state_digest(checkpoint)})
     return pd.DataFrame(rows)
 
 
@@ -2934,7 +2952,8 @@ def text_vectors(encode, names, templates=TEMPLATES):
     names = list(names)
     if wrong := [template for template in templates if '{}' not in template]:
         raise ValueError(f'The template {wrong[0]!r} has no {{}} for the name.')
-    return l2_normalise(sum(l2_normalise(encode([template.format(name) for name in names])) for template in templates))
+    texts = [[template.format(name) for name in names] for template in templates]
+    return launch_arrays(lambda: {'texts': l2_normalise(sum(l2_normalise(encode(one)) for one in texts))})['texts']
 
 
 # ── Neighbours and mP@5 ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -3134,14 +3153,18 @@ def _codes(*labels):
     return np.array([codes.setdefault(label, len(codes)) for part in lists for label in part], dtype=int)
 
 
+def some_objects(frames, n):
+    """{part: positions} of the photographs of the query's first n objects in query and index; n None: of all, the
+    index's other objects too."""
+    few = frames['query']['label'].drop_duplicates().head(n)
+    return {part: np.arange(len(frames[part])) if n is None else np.flatnonzero(frames[part]['label'].isin(few))
+            for part in ('query', 'index')}
+
+
 def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
     """Vectors of several frames by name, on all GPUs, kept under `folder` if given: dict name -> float32 (n, dim)."""
-    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        def embed_each():
-            return {name: embed(model, frames[name], desc=name, cache=Path(place) / f'{name}.npz') for name in names}
-
-        vectors = launch(embed_each)
-        return embed_each() if vectors is None else vectors  # what launched processes kept
+    return launch_arrays(lambda: {name: embed(model, frames[name], desc=name, cache=folder and Path(folder) / f'{name}.npz')
+                                  for name in names})
 
 
 def to_dim(vectors, dim=64, projection=None, split=''):
@@ -3171,9 +3194,8 @@ def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=Non
 
 def selection_score(model, frames):
     """mP@5 of a model at its own width on the selection split."""
-    vectors = [embed(model, frames[name], desc=name) for name in ('selection_query', 'selection_index')]
-    return mean_precision_at_5(vectors[0], frames['selection_query']['label'],
-                               vectors[1], frames['selection_index']['label'])
+    vectors = embed_all(model, frames, names=('selection_query', 'selection_index'))
+    return float(score_table('', '', vectors, frames, dims=(None,), split='selection_')['mp5'].iloc[0])
 
 
 # ── Submission ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3633,12 +3655,13 @@ def plot_basin(cosines, lines):
     for axis, (tower, table) in zip(axes[0], cosines.items()):
         short = [str(name).removeprefix(f'{tower}_') for name in table.columns]
         axis.imshow(table, vmin=0, vmax=1, cmap='viridis')
-        axis.set(xticks=range(len(short)), yticks=range(len(short)), xticklabels=short, yticklabels=short, title=tower)
+        axis.set(xticks=range(len(short)), yticks=range(len(short)), xticklabels=short, yticklabels=short,
+                 title=f'{tower}: cosines')
         for (row, column), value in np.ndenumerate(table.to_numpy()):
             axis.text(column, row, f'{value:.2f}', ha='center', va='center', color='white' if value < .6 else 'black')
     for tower, line in lines.items():
         axes[0, -1].plot(line['alpha'], line['score'], '.-', label=tower)
-    axes[0, -1].set(xlabel='from the first ingredient to the second', ylabel='mP@5 on selection objects')
+    axes[0, -1].set(xlabel='from the first ingredient (0) to the second (1)', ylabel='mP@5 on selection objects')
     if lines:
         axes[0, -1].legend(frameon=False)
     figure.tight_layout()
@@ -3654,7 +3677,7 @@ def plot_wise(curves):
         axis.plot(curve['seen'], curve['never seen'], 'o-')
         best = curve.loc[curve['selection'].idxmax()]
         axis.plot(best['seen'], best['never seen'], '*', markersize=15, color='tab:orange',
-                  label=f'chosen {best["alpha"]:g}')
+                  label=f'chosen: alpha {best["alpha"]:g}')
         for row in curve.itertuples():
             axis.annotate(f'{row.alpha:g}', (row.seen, row[-1]), textcoords='offset points', xytext=(6, -10), fontsize=8)
         axis.set(xlabel='mP@5 on trained classes', ylabel='mP@5 on never-seen objects', title=tower)

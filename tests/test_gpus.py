@@ -303,6 +303,33 @@ def test_two_processes_embed_every_photograph_once_in_order_whatever_their_numbe
             assert np.allclose(np.load(tmp_path / f'{rank}_{name}.npy'), one, atol=1e-6), name
 
 
+def _score_by_two(train, folder):
+    """As a kernel with two GPUs: whatever is asked of the notebooks' functions, two processes are launched for it."""
+    torch.set_num_threads(1)
+    model, frames = new_model(), {'query': train[::6], 'index': train.drop(train.index[::6])}
+    frames |= {f'selection_{name}': frame for name, frame in frames.items()}
+
+    def made():
+        encode = utilities.load_text_tower('local-dir:media/miniature', 'miniature')
+        return {'texts': utilities.text_vectors(encode, ['apple', 'red car'], ('{}', '{} face')),
+                'score': utilities.selection_score(model, frames),
+                **utilities.embed_all(model, frames, names=('query', 'index'))}
+
+    launch = utilities.launch
+    utilities.launch = functools.partial(launch, processes=2)
+    np.savez(folder / 'two.npz', **made())
+    utilities.launch = launch
+    np.savez(folder / 'one.npz', **made())
+
+
+def test_texts_vectors_and_scores_of_two_processes_come_back_to_the_kernel(train, tmp_path):
+    in_a_child(_score_by_two, train, tmp_path)
+    one, two = (dict(np.load(tmp_path / f'{name}.npz')) for name in ('one', 'two'))
+    assert one.keys() == two.keys() and two['texts'].shape == (2, 128) and 0 < two['score'] <= 1
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
+
+
 # What can happen to launched processes
 
 def _refuse(words):

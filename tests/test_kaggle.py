@@ -132,6 +132,7 @@ def test_each_notebook_has_metadata_that_the_kaggle_command_accepts(name):
     slug = metadata['id'].partition('/')[2]
     assert slug == metadata['title'].lower().replace(' ', '-') and 5 <= len(metadata['title']) <= 50
     assert (metadata['language'], metadata['kernel_type']) == ('python', 'notebook') and metadata['enable_gpu']
+    assert metadata['machine_shape'] == 'NvidiaTeslaT4'  # two; Highmem is Kaggle's own (kaggle-cli #1198)
     assert set(metadata['competition_sources']) - {'google-universal-image-embedding'} == {
         'products-10k', 'landmark-recognition-2020'} <= set(utilities.DATASETS)  # what a notebook asks read_dataset for
     made = {json.loads(file.read_text())['id'] for file in (ROOT / 'kaggle').glob('*/kernel-metadata.json')}

@@ -195,6 +195,17 @@ def test_pytorch_1_11_gives_the_demos_submission_the_same_vectors_on_50_odd_phot
     assert found.shape == (50, 64) and (found - expected).abs().max() <= 1e-5
 
 
+def test_the_zero_shot_notebook_runs_on_data_of_ones_own(runs, tmp_path):
+    world, names = Path(demo.sources()['train']).parent, demo.objects()['name'].head(100).tolist()
+    (tmp_path / 'names.json').write_text(json.dumps({'things': names}))
+    small = {name.upper(): str(world / f'small_{name}.csv') for name in ('train', 'query', 'index')}
+    made = run('zero_shot_pca', tmp_path, DEMO=False, MODEL_NAME='local-dir:media/miniature', PRETRAINED='miniature',
+               IMAGE_SIZE=64, VOCABULARY=str(tmp_path / 'names.json'), OUT_DIR=str(tmp_path), REPLAY=3, **small)
+    said = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+), on 9 queries', text(made))
+    assert said and float(said[1]) == pytest.approx(float(said[2]), abs=.1)
+    assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 4
+
+
 def test_soup_without_ingredients_says_what_to_run_first(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match='run train_vit_h_224.ipynb'):
         run('soup', tmp_path, DEMO=True, OUT_DIR=str(tmp_path))

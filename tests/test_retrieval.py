@@ -313,3 +313,11 @@ def test_scores_at_full_width_and_through_a_projection_have_a_row_each():
     assert random_ways['mp5'].iloc[0] < table['mp5'].iloc[2]
     chosen = utilities.score_table('', '', parts, frames, dims=(None,), split='selection_')
     assert chosen['mp5'].iloc[0] == mean_precision_at_5(vectors[24:48], labels[24:48], vectors[:24], labels[:24])
+
+
+def test_some_objects_are_the_querys_first_with_all_their_photographs():
+    frames = {'query': pd.DataFrame({'label': list('baca')}), 'index': pd.DataFrame({'label': list('xaabdc')})}
+    some = utilities.some_objects(frames, 2)
+    assert some['query'].tolist() == [0, 1, 3] and some['index'].tolist() == [1, 2, 3]
+    every = utilities.some_objects(frames, None)
+    assert every['query'].tolist() == [0, 1, 2, 3] and every['index'].tolist() == [0, 1, 2, 3, 4, 5]
