@@ -244,7 +244,6 @@ INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'flip'), ('train
                ('train_vit_l_336', 'none'), ('train_vit_l_336', 'flip')]
 
 
-
 def settings(stand_in):
     """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and a
     scale that suit its size and its few steps."""
@@ -317,27 +316,29 @@ def collect(folder=RUNS):
 def draw_pipeline(path=MEDIA / 'pipeline.png'):
     """The README's picture: photographs, towers, soups, 64 numbers, neighbours."""
     from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(11, 3.6))
-    axis.set(xlim=(0, 11), ylim=(0, 3.6))
+    figure = plt.figure(figsize=(11, 3.6))
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.axis('off')
     rng, things = np.random.default_rng(1), objects().query("split == 'training'")['codepoint'].to_numpy()
     for place, thing in enumerate(rng.choice(things, 6, replace=False)):
-        left, bottom = .1 + .75 * (place % 2), .45 + .95 * (place // 2)
-        axis.imshow(photograph(thing, rng, 96, .8), extent=(left, left + .65, bottom, bottom + .8), zorder=2)
-    boxes = [(2.1, 2.2, 'ViT-H/14, 224 px\n+ sub-centre ArcFace'), (2.1, .7, 'ViT-L/14, 336 px\n+ sub-centre ArcFace'),
-             (4.5, 2.2, 'soup: mean of the\ningredients\' weights'), (4.5, .7, 'soup: mean of the\ningredients\' weights'),
-             (6.9, 1.45, 'join, PCA to 64,\nlength 1'), (9.1, 2.2, 'nearest photographs,\nmP@5'),
-             (9.1, .7, 'submission.zip\nfor PyTorch 1.11')]
-    for left, bottom, words in boxes:
-        axis.text(left + .85, bottom + .4, words, ha='center', va='center', fontsize=9,
-                  bbox={'boxstyle': 'round,pad=.6', 'facecolor': '#eef3fa', 'edgecolor': '#44608a'})
-    arrows = [(1.75, 2.2, 2.05, 2.5), (1.75, 1.6, 2.05, 1.2), (3.85, 2.6, 4.5, 2.6), (3.85, 1.1, 4.5, 1.1),
-              (6.25, 2.5, 6.95, 2.1), (6.25, 1.2, 6.95, 1.6), (8.5, 2.05, 9.0, 2.5), (8.5, 1.65, 9.0, 1.2)]
-    for left, bottom, right, top in arrows:
-        axis.annotate('', (right, top), (left, bottom), arrowprops={'arrowstyle': '->', 'color': '#44608a'})
-    axis.text(2.95, .15, 'one run an augmentation', ha='center', fontsize=8, color='#44608a')
-    axis.set_aspect('auto')
-    figure.savefig(path, dpi=100, bbox_inches='tight')
+        left, bottom = .1 + .85 * (place % 2), .4 + .95 * (place // 2)
+        axis.imshow(photograph(thing, rng, 96, .8), extent=(left, left + .8, bottom, bottom + .8))
+    axis.set(xlim=(0, 11), ylim=(0, 3.6), aspect='equal')  # after the photographs, which set limits of their own
+    arcface, mean = '\n+ sub-centre ArcFace', 'soup: mean of the\ningredients\' weights'
+    boxes = {'h': (3.05, 2.6, f'ViT-H/14, 224 px{arcface}'), 'l': (3.05, 1.1, f'ViT-L/14, 336 px{arcface}'),
+             'soup h': (5.45, 2.6, mean), 'soup l': (5.45, 1.1, mean), 'pca': (7.6, 1.85, 'join, PCA to 64,\nlength 1'),
+             'near': (9.75, 2.6, 'nearest photographs,\nmP@5'), 'file': (9.75, 1.1, 'submission.zip\nfor PyTorch 1.11')}
+    style = {'boxstyle': 'round,pad=.6', 'facecolor': '#eef3fa', 'edgecolor': '#44608a'}
+    drawn = {name: axis.text(x, y, words, ha='center', va='center', fontsize=9, bbox=style).get_bbox_patch
+             for name, (x, y, words) in boxes.items()}
+    figure.canvas.draw()  # places the boxes, so that arrows end at their edges
+    for start, end in (('photographs', 'h'), ('photographs', 'l'), ('h', 'soup h'), ('l', 'soup l'), ('soup h', 'pca'),
+                       ('soup l', 'pca'), ('pca', 'near'), ('pca', 'file')):
+        begin, patch = (boxes[start][:2], drawn[start]()) if start in boxes else ((1.85, 1.85), None)
+        axis.annotate('', boxes[end][:2], begin, arrowprops={'arrowstyle': '->', 'color': '#44608a', 'patchA': patch,
+                                                             'patchB': drawn[end]()})
+    axis.text(3.05, .35, 'one training run for each augmentation', ha='center', fontsize=8, color='#44608a')
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

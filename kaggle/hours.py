@@ -22,7 +22,7 @@ RATES = {'T4': 65e12}  # floating point operations a second in fp16, NVIDIA's da
 SHARE = .3
 PHOTOGRAPHS = 285_752  # of the published H run, in one epoch
 TOWERS = {'train_vit_h_224': ('ViT-H-14', 224), 'train_vit_l_336': ('ViT-L-14', 336)}
-GPUS = {'one T4': RATES['T4'], 'two T4': 2 * RATES['T4']}
+GPUS = {'hours on one T4': RATES['T4'], 'on two': 2 * RATES['T4']}
 
 
 @lru_cache
