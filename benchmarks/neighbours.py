@@ -32,8 +32,8 @@ def by_scikit_learn(query, index):
 
 
 def product_alone(query, index):
-    buffer = torch.empty(2048 * 256)
-    for q in torch.from_numpy(query).split(256):
+    buffer = torch.empty(2048 * 512)
+    for q in torch.from_numpy(query).split(512):
         for x in torch.from_numpy(index).split(2048):
             torch.mm(x, q.T, out=buffer[:len(x) * len(q)].view(len(x), len(q)))
 

@@ -1,4 +1,5 @@
 """Towers, head, parameter groups: what is loaded, what is trained and how fast."""
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -263,3 +264,20 @@ def test_a_share_of_the_classes_holds_those_of_the_batch_and_has_their_loss_and_
     absent = sorted(set(range(20)) - set(classes.tolist()))
     assert not found.unflatten(0, (-1, 3))[absent].any()
     assert utilities.some_classes(labels, 20, 1)[0] is None
+
+
+@pytest.mark.parametrize('pool_type, ask', [('tok', 'class token'), ('avg', 'all tokens')])
+def test_a_quickened_tower_has_the_output_and_the_gradients_of_open_clips(pool_type, ask):
+    torch.manual_seed(0)
+    plain = open_clip.transformer.VisionTransformer(32, 8, 32, 3, 2, 4., pool_type=pool_type, output_dim=16)
+    quick = utilities.quicken(copy.deepcopy(plain))
+    assert {type(block.attn) for block in quick.transformer.resblocks} == {utilities.PackedAttention}
+    assert (type(quick.transformer.resblocks[-1]) is utilities.ClassTokenBlock) == (ask == 'class token')
+    images = torch.randn(3, 3, 32, 32)
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            torch.testing.assert_close(quick.train(mode)(images), plain.train(mode)(images), rtol=1e-5, atol=1e-6)
+    for tower in (plain, quick):
+        tower(images).square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5, msg=name)
