@@ -40,11 +40,13 @@ import cv2
 import numpy as np
 import open_clip
 import pandas as pd
+import psutil
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather, gather_object, is_cuda_available
 from matplotlib import pyplot as plt
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
@@ -103,6 +105,7 @@ class Config:
     precision: str = 'auto'                   # 'bf16' or 'fp16' where the device has it, else 'no'
     checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: on a GPU
     shard: bool = False                       # parts of the tower on each GPU (FSDP), where a whole one does not fit
+    data_seed: int = 5                        # which classes are drawn and held out: alike for all ingredients of a soup
     seed: int = 5                             # data order, augmentation, dropout
     head_seed: int = 5                        # initial head apart: only ingredients that share it can be averaged
     pca_images: int = 20_000                  # training photographs that the projection to 64 is fitted on
@@ -121,10 +124,10 @@ class Config:
               'save_minutes': (0, 10**5), 'max_hours': (0, 10**5), 'max_unreadable': (0, 10**9), 'pca_images': (2, 10**9),
               'max_skipped': (0, 10**9), 'overlap': (0, .9), 'margin_growth': (0, math.pi), 'distil': (0, 1e6),
               'partial_centers': (1e-6, 1),
-              'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
+              'data_seed': (0, 2**32 - 1), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1)}
 
     OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
-                     'n_classes', 'min_images', 'max_images', 'pca_images', 'teacher', 'precision', 'max_hours')
+                     'data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images', 'teacher', 'precision', 'max_hours')
 
     def __post_init__(self):
         for field in fields(self):
@@ -142,6 +145,8 @@ class Config:
         if self.effective_batch % self.batch_size:
             raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
+        if (self.head_norm or self.distil) and self.batch_size < 2:
+            raise ValueError('Config.batch_size is 1; head_norm and distil compare the photographs of a batch: give more.')
         if self.sampling not in ('photographs', 'classes', 'domains'):
             raise ValueError(f'Config.sampling is {self.sampling!r}; choose photographs, classes or domains.')
         if self.precision not in ('auto', 'no', 'fp16', 'bf16'):
@@ -192,18 +197,25 @@ class Config:
 
     def override(self, **choices):
         """The same with other values; None keeps the value that is there. An unknown name is an error."""
-        unknown = sorted(set(choices) - set(asdict(self)))
-        if unknown:
-            raise ValueError(f'Config has no field {unknown[0]!r}; its fields are {", ".join(asdict(self))}.')
-        return replace(self, **{name: value for name, value in choices.items() if value is not None})
+        return self._with({name: value for name, value in choices.items() if value is not None or name not in vars(self)})
+
+    def _with(self, values):
+        if unknown := sorted(set(values) - set(vars(self))):
+            raise ValueError(f'Config has no field {unknown[0]!r}; its fields are {", ".join(vars(self))}.')
+        return replace(self, **values)
 
     def save(self, path):
         write_text(path, json.dumps(asdict(self), indent=1) + '\n')
 
     @classmethod
+    def read(cls, text):
+        """The Config that `save`, or a checkpoint's metadata, wrote as JSON."""
+        return cls()._with(dict(json.loads(text)))
+
+    @classmethod
     def load(cls, path):
         try:
-            return cls().override(**json.loads(Path(path).read_text()))
+            return cls.read(Path(path).read_text())
         except FileNotFoundError:
             raise FileNotFoundError(f'There is no configuration {path}: check the path, or make this run first.') from None
         except (ValueError, TypeError) as error:
@@ -392,7 +404,7 @@ def _find_root(name, layout, places):
         f'the columns {", ".join((*layout.photos, layout.label))}')
     found = ' and '.join(map(_contents, places))
     raise FileNotFoundError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
-                            'pass the folder of the data set as root.')
+                            'give the folder of the data set as ROOT or root.')
 
 
 def _contents(folder):
@@ -469,11 +481,11 @@ def _locate(root, paths, folders, file):
     if odd:
         full = paths.map(lambda path: os.path.normpath(os.path.join(base + '/', path)))
         if len(outside := full[~full.str.startswith(base + '/')]):
-            raise ValueError(f'{file}: {outside.iloc[0]} leaves the data root {base}; pass the folder that '
-                             'holds all photos as root.')
+            raise ValueError(f'{file}: {outside.iloc[0]} leaves the data root {base}; give the folder '
+                             'that holds all photos as ROOT or root.')
     if len(lost) == len(sample):
-        raise FileNotFoundError(f'{file}: expected {full.iloc[0]}, found {_contents(root)}; pass the folder '
-                                'that the paths start from as root.')
+        raise FileNotFoundError(f'{file}: expected {full.iloc[0]}, found {_contents(root)}; give the folder '
+                                'that the paths start from as ROOT or root.')
     if lost:
         print(f'{file}: {len(lost)} of {len(sample)} photos looked at do not exist, the first is {lost[0]}')
     return full
@@ -529,16 +541,16 @@ def digest(frame):
     return hashlib.sha256('\n'.join(pairs).encode()).hexdigest()[:12]
 
 
-def load_data(train, query=None, index=None, selection=None, *, config, held_out=0.1, most_held_out=500):
+def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500):
     """The frames of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
 
     train: what read_dataset takes, or a list of such. query, index: never-seen objects to report on; selection: a pair
     (query, index) to make choices on. What is not given is made of classes held out of the training data (`held_out` of
     them each, at most `most_held_out`): their photographs are dealt out in turn, one to the query, two to the index. A
-    class that is both trained and searched is named aloud: it is no never-seen object.
+    class that is both trained and searched is named aloud: it is no never-seen object. root: as in read_dataset, for all.
     """
     given = [train] if isinstance(train, (str, os.PathLike)) else train
-    frame = pd.concat([read_dataset(source) for source in given], ignore_index=True)
+    frame = pd.concat([read_dataset(source, root) for source in given], ignore_index=True)
     frames = {}
     for names, pair in ((('query', 'index'), (query, index)),
                         (('selection_query', 'selection_index'), selection or (None, None))):
@@ -546,13 +558,13 @@ def load_data(train, query=None, index=None, selection=None, *, config, held_out
             raise ValueError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
         if pair[0] is None:
             share = min(held_out, most_held_out / max(1, frame['label'].nunique()))
-            frame, held = split_by_class(frame, share, seed=config.seed)
+            frame, held = split_by_class(frame, share, seed=config.data_seed)
             turn = held.groupby('label').cumcount() % 3
             frames |= {names[0]: held[turn == 0].reset_index(drop=True), names[1]: held[turn > 0].reset_index(drop=True)}
         else:
-            frames |= dict(zip(names, map(read_dataset, pair), strict=True))
-    frames['train'] = select_classes(frame, config.min_images, config.max_images, config.n_classes, config.seed)
-    frames['pca'] = frames['train'].sample(min(len(frames['train']), config.pca_images), random_state=config.seed)
+            frames |= dict(zip(names, (read_dataset(source, root) for source in pair), strict=True))
+    frames['train'] = select_classes(frame, config.min_images, config.max_images, config.n_classes, config.data_seed)
+    frames['pca'] = frames['train'].sample(min(len(frames['train']), config.pca_images), random_state=config.data_seed)
     for name in ('query', 'selection_query'):
         seen = set(frames[name]['label']) & set(frames['train']['label'])
         if seen:
@@ -910,7 +922,11 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     if file and not file.is_file():
         raise ValueError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
     options = {'num_classes': 0}
-    tower = timm.create_model(name, pretrained=not pretrained, **options)
+    try:
+        tower = timm.create_model(name, pretrained=not pretrained, **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f'The weights of timm:{name} could not be had ({str(error).splitlines()[0]}): turn the internet '
+                         f'on, or give a weights file as pretrained.') from None
     facts = timm.data.resolve_model_data_config(tower)
     size = image_size or facts['input_size'][-1]
     if file:
@@ -1109,7 +1125,9 @@ def has_kernels(capability, built_for):
     """Whether a PyTorch with these architectures ('sm_75', 'compute_90') runs on a GPU of this (major, minor): machine
     code does within a major number, compute_ code on all that is newer."""
     for name in built_for:
-        kind, digits = re.fullmatch(r'(\w+?)_(\d+)\w*', name).groups()
+        if not (parts := re.fullmatch(r'(sm|compute)_(\d+)\w*', name)):
+            return True  # AMD's names, whose numbers say nothing of what runs where
+        kind, digits = parts.groups()
         version = int(digits[:-1]), int(digits[-1])
         if version <= capability and (kind == 'compute' or version[0] == capability[0]):
             return True
@@ -1219,7 +1237,7 @@ class Embedder(nn.Module):
         return vectors if self.projection is None else F.normalize(self.projection(vectors))
 
 
-BLOCK = re.compile(r'(?:resblocks|blocks|layers|stages)\.(\d+)\.')
+BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
 STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
                   r'|norm_pre|conv_stem|stem)(\.|$)')
 
@@ -1263,10 +1281,10 @@ def param_groups(model, config):
         entry['names'].append(name)
 
     for name, parameter in model.tower.named_parameters():
-        block = min(max(blocks[name], 0), depth - 1)
-        band = bisect.bisect_right(ends, block * ends[-1] // depth)
+        middle = (max(blocks[name], 0) + .5) * ends[-1] / depth  # of the block, among those that the bands count
+        band = min(bisect.bisect_right(ends, middle), len(ends) - 1)  # what follows the blocks lies beyond the last
         if parameter.requires_grad:
-            add(f'tower, blocks below {-(-ends[band] * depth // ends[-1])}', f'tower.{name}', parameter,
+            add(f'tower, blocks below {math.ceil(ends[band] * depth / ends[-1] - .5)}', f'tower.{name}', parameter,
                 config.bands[band][1], config.tower_decay)
     for name, parameter in ([] if model.head is None else model.head.named_parameters()):
         if parameter.requires_grad:
@@ -1360,6 +1378,7 @@ class Progress:
     epoch: int = 0
     used: int = 0     # photographs of this epoch that all processes together have used
     best: float = -1.0  # best selection mP@5 so far
+    data: str = ''    # digest of the photographs
     skipped: int = 0    # steps left out because loss or gradient was not finite
     processes: int = 1  # that shared the work
 
@@ -1520,7 +1539,7 @@ def finished_stage(folder, config, search):
     """The weights of a stage that is done, in its folder or in an attached output of the same run, or None."""
     for file in [folder / 'stage.safetensors', *attached(folder.parent, f'{folder.name}/stage.safetensors', search)]:
         if file.exists():
-            before = Config().override(**json.loads(open_checkpoint(file).metadata['config']))
+            before = Config.read(open_checkpoint(file).metadata['config'])
             if difference := different_fields(before, config):
                 raise ValueError(f'{file} is of a run with another configuration ({", ".join(difference)}): give this run '
                                  f'another name, or delete that folder.')
@@ -1542,7 +1561,8 @@ def keep_stage(folder):
 def teach(config, model, train, run_dir):
     """The teacher's vectors of the training photographs, float32 (n, d), kept in the run's folder."""
     teacher = load_run(config.teacher) if config.teacher else Embedder(copy.deepcopy(model.tower), spec=model.spec)
-    return torch.from_numpy(embed(teacher, train, desc='teacher', cache=Path(run_dir) / 'teacher.npz'))
+    return torch.from_numpy(embed(teacher, train, desc='teacher', cache=Path(run_dir) / 'teacher.npz',
+                                  max_unreadable=config.max_unreadable))
 
 
 def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input',), epoch=0, teacher=None,
@@ -1569,6 +1589,8 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
             raise ValueError(f'The photographs are of none of the domains {", ".join(map(repr, config.domains))}; theirs '
                              f'are {", ".join(sorted(train["domain"].unique()))}.')
         train, targets, teacher = train[chosen], targets[chosen], None if teacher is None else teacher[chosen]
+    if own_share()[1] == 1:
+        AcceleratorState._reset_state()  # else the first run's precision is that of all runs in this kernel
     accelerator = Accelerator(
         mixed_precision=mixed_precision(config.precision), cpu=best_device().type == 'cpu',
         step_scheduler_with_optimizer=False,
@@ -1585,7 +1607,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                     replace=True, max_unreadable=config.max_unreadable, sampling=config.sampling)
     wrapped, optimiser, schedule = prepare_training(accelerator, model, config, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
-    progress = Progress(epoch=epoch)
+    progress = Progress(epoch=epoch, data=digest(train))
     main = accelerator.is_main_process
     with run_lock(run_dir) if main else nullcontext(), stop_signal() as interrupts, \
             plain_failures(config, run_dir, photos, main):
@@ -1783,8 +1805,7 @@ def available_memory():
         lines = [line.split(', ', 1) for line in answer.stdout.splitlines()]
         size, name = min((int(mebibytes) * 2**20, name) for mebibytes, name in lines)
         return size - RESERVE, f'of one {name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
-    free = re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())
-    return int(free[1]) * 1024, 'free on this machine'
+    return psutil.virtual_memory().available, 'free on this machine'
 
 
 def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
@@ -1830,12 +1851,14 @@ def smaller_plans(config, processes):
     """Changes of a configuration that need less memory, the least change first; the result stays the same."""
     less = {} if config.checkpoint_activations else {'checkpoint_activations': True}
     yield less
-    batches = [size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0]
+    alike = not (config.head_norm or config.distil)  # these compare the photographs of a batch
+    batches = [size for size in range(config.batch_size // 2, 0, -1) if alike and config.effective_batch % size == 0]
     for size in batches:
         yield less | {'batch_size': size}
     if processes > 1:
         yield less | {'shard': True}
-        yield less | {'shard': True, 'batch_size': 1}
+        if alike:
+            yield less | {'shard': True, 'batch_size': 1}
 
 
 def agreed(accelerator, *flags):
@@ -2094,6 +2117,7 @@ def restore_state(accelerator, folder, config, progress, schedule):
     if states and saved.exists() and (difference := different_fields(Config.load(saved), config)):
         raise ValueError(f'{folder.parent} holds a run with another configuration ({", ".join(difference)}): give this '
                          f'run another name, or delete that folder.')
+    data = progress.data
     for state in states:
         problem = None
         try:
@@ -2104,6 +2128,9 @@ def restore_state(accelerator, folder, config, progress, schedule):
             problem = error
         if not agreed(accelerator, problem is not None)[0]:
             progress.__dict__.update(position['progress'])
+            if progress.data != data:
+                raise ValueError(f'{folder.parent} holds a run on other photographs (digest {progress.data}, now {data}): '
+                                 f'give this run another name, or delete that folder.')
             accelerator.print(f'{folder.parent.name}: going on from {state.name}, epoch {progress.epoch + 1}, '
                               f'{progress.used} of its photographs used')
             if progress.processes != accelerator.num_processes:
@@ -2137,7 +2164,7 @@ def copy_attached_state(run_dir, config, search):
             print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
             continue
         try:
-            for name in ('config.json', 'log.csv', 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):
+            for name in ('config.json', 'log.csv', BEST, 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):
                 if (run / name).exists():
                     shutil.copyfile(run / name, run_dir / name)
             shutil.rmtree(folder / 'unfinished', ignore_errors=True)
@@ -2165,6 +2192,9 @@ def different_fields(first, second):
             if name not in free and value != asdict(second)[name]]
 
 
+BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
+
+
 def keep_if_best(accelerator, model, validate, run_dir, progress, config):
     """Scores the model on selection data, all processes together, and writes it if it is the best so far."""
     model.eval()
@@ -2172,27 +2202,31 @@ def keep_if_best(accelerator, model, validate, run_dir, progress, config):
     model.train()
     score = float(accelerator.reduce(score, 'mean'))
     if score > progress.best:
-        keep_weights(accelerator, model, run_dir, config, score=score, step=progress.step)
+        keep_weights(accelerator, model, run_dir, config, file=BEST, score=score, step=progress.step)
     accelerator.print(f'step {progress.step}: selection mP@5 {score:.3f}')
     progress.best = max(progress.best, score)
 
 
-def keep_weights(accelerator, model, run_dir, config, **facts):
+def keep_weights(accelerator, model, run_dir, config, *, file='model.safetensors', **facts):
     """Writes the run's weights, by one process; the parts of a sharded model are collected, for which all must call."""
     state = None
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if accelerator.is_main_process:
-        save_run(run_dir, model, config, state=state, **facts)
+        save_run(run_dir, model, config, state=state, file=file, **facts)
     accelerator.wait_for_everyone()
 
 
 def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
     """The end of a run: its weights if none better are kept, their digest, and what could not be read."""
-    if validate and config.validate_every:
+    scored = bool(validate and config.validate_every)
+    if scored and (not progress.step or progress.step % config.validate_every):
         keep_if_best(accelerator, model, validate, run_dir, progress, config)
-    else:
+    if scored and accelerator.is_main_process and (run_dir / BEST).exists():
+        os.replace(run_dir / BEST, run_dir / 'model.safetensors')
+    accelerator.wait_for_everyone()
+    if not scored or not (run_dir / 'model.safetensors').exists():
         keep_weights(accelerator, model, run_dir, config, step=progress.step)
     if accelerator.is_main_process:
         print(f'{run_dir.name}: digest of the weights {state_digest(open_checkpoint(run_dir))}')
@@ -2203,18 +2237,19 @@ def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
 
 
 @torch.inference_mode()
-def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedding', max_unreadable=100):
+def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedding', max_unreadable=None):
     """Vectors of photographs: float32 (n, dim), rows as in the frame.
 
     Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a
     digest of weights and normalisation; it is used again when all agree. An unreadable photograph is named and becomes
-    a black one.
+    a black one; more than max_unreadable (None: 100, or one in a hundred) raise OSError.
     """
     rank, processes = own_share()
     paths = frame['path'].to_numpy(str)
     if cache:
         numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
-        key = state_digest(numbers | {'size': torch.tensor(model.spec.image_size)})
+        spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
+        key = state_digest(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as kept:
             if str(kept['digest']) == key and np.array_equal(kept['paths'], paths):
                 return kept['vectors']
@@ -2222,7 +2257,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
         return np.zeros((0, model.spec.width), np.float32)
     each = -(-len(frame) // processes)  # of every process alike, as a sharded model computes in step: the last repeat some
     photos = Photos(frame.iloc[np.arange(rank, each * processes, processes) % len(frame)], model.spec.image_size,
-                    max_unreadable=max_unreadable)
+                    max_unreadable=max(100, len(frame) // 100) if max_unreadable is None else max_unreadable)
     device = best_device()
     model.to(device).eval()
     with torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
@@ -2598,14 +2633,14 @@ def recorded_score(file):
     return float(found.iloc[-1]) if len(found) else None
 
 
-def save_run(run_dir, model, config, *, state=None, **facts):
-    """Writes run_dir/model.safetensors: tower, head and projection with all that is needed to load them again.
+def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **facts):
+    """Writes run_dir/file: tower, head and projection with all that is needed to load them again.
 
     state: the model's tensors by name, where its own are not whole."""
     state = model.state_dict() if state is None else state
     metadata = {'format': 'pt', 'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
                 **{name: json.dumps(value) for name, value in facts.items()}}
-    save_state(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
+    save_state(state, Path(run_dir) / file, metadata, overwrite=True)
 
 
 def load_run(path, tower=None):
@@ -2649,8 +2684,8 @@ def spec_of(metadata):
 
 
 def list_runs(root):
-    """Every run below a folder, or a list of folders: DataFrame run, model, augmentation, seed, epochs, mp5 (at dim 64, if
-    scored), digest of the weights."""
+    """Every run below a folder, or a list of folders: DataFrame run, model_name, image_size, augmentation, seed, epochs,
+    method, mp5 (at dim 64, if scored), digest of the weights."""
     rows, roots = [], [root] if isinstance(root, (str, os.PathLike)) else root
     for file in (file for folder in roots for file in sorted(Path(folder).glob('**/model.safetensors'))):
         if file.parent.parent.name == 'state':
@@ -2721,15 +2756,24 @@ def link_files(tower, paths, architecture):
     config = Config().override(**architecture)
     metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (_checkpoints_in(path) if path.is_dir() else [path])]
     folders = []
     for number, file in enumerate(files, start=1):
         open_checkpoint(file)  # a wrong one is an error before anything is computed
-        folder = _linked_folder(f'{tower}_{number}_{file.name}', {'model.safetensors': file})
+        folder = _linked_folder(f'{tower}_{number}_{file.name}', {'model.safetensors': checkpoint_file(file)})
         write_text(folder / 'metadata.json', json.dumps(metadata))
         config.save(folder / 'config.json')
         folders.append(folder)
     return folders
+
+
+def _checkpoints_in(folder):
+    """A run's checkpoint, or every file of a folder that is no text."""
+    if (folder / 'model.safetensors').exists():
+        return [folder / 'model.safetensors']
+    texts = {'.json', '.csv', '.txt', '.md', '.ipynb', '.py'}
+    return [file for file in sorted(folder.iterdir())
+            if file.is_dir() or file.suffix.lower() not in texts and not file.name.startswith('.')]
 
 
 def _linked_folder(name, files):
@@ -2756,6 +2800,7 @@ def base_state(run):
     """The pretrained tower that a run started from, as tensors named 'tower.…'."""
     spec = spec_of(open_checkpoint(run).metadata)
     tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
+    resize_tower(tower, spec.image_size, spec.architecture.get('stride'))
     return {f'tower.{name}': tensor for name, tensor in tower.state_dict().items()}
 
 
@@ -2786,7 +2831,9 @@ def sweep_alpha(base, soup, alphas, frames):
     searched among the others.
     """
     rows = []
-    seen = frames['train'].groupby('label').head(5).head(1000)
+    train = frames['train']
+    some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(200)  # of all domains alike
+    seen = train[train['label'].isin(some)].groupby('label').head(5)
     model = load_run(soup)
     for alpha in alphas:
         load_strictly(model, interpolate_states(base, checkpoint_file(soup), alpha), soup)
@@ -3209,6 +3256,7 @@ def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=Non
     """
     rows = []
     for dim in dims:
+        dim = dim and min(dim, vectors[f'{split}query'].shape[1])
         query, index = (vectors[f'{split}query'], vectors[f'{split}index']) if dim is None else \
             to_dim(vectors, dim, projection and projection(dim), split)
         score = mean_precision_at_5(query, frames[f'{split}query']['label'], index, frames[f'{split}index']['label'])
@@ -3572,7 +3620,7 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, quick=False, limi
 # in: photographs, tables, neighbours · out: matplotlib figures
 
 def show_augmentation(frame, size, name, *, count=8, seed=5):
-    """`count` photographs above and four augmented versions of each below."""
+    """`count` photographs above and three augmented versions of each below."""
     plain, changed = Photos(frame, size), Photos(frame, size, name, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(frame), min(count, len(frame)), replace=False)
     rows = [('as read', [plain[i] for i in chosen])] + [(f'epoch {e}', [changed[e, i] for i in chosen]) for e in range(3)]

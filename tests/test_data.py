@@ -2,6 +2,7 @@ import codecs
 import inspect
 import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -612,8 +613,23 @@ def test_what_is_not_given_is_held_out_of_the_training_classes_and_no_photograph
     assert paths.is_unique and len(paths) == 180
     assert len(frames['query']) == 6 and len(frames['index']) == 12  # of each class's six one in three is a query
     assert len(frames['pca']) == 20 and set(frames['pca']['path']) <= set(frames['train']['path'])
-    again, other = (utilities.load_data(source, config=small(seed=seed)) for seed in (5, 6))
-    assert all(again[name].equals(frames[name]) for name in frames) and not other['query'].equals(frames['query'])
+    again, other = (utilities.load_data(source, config=small(**seeds)) for seeds in ({'seed': 6}, {'data_seed': 6}))
+    assert all(again[name].equals(frames[name]) for name in frames)  # ingredients share classes and held-out objects
+    assert not other['query'].equals(frames['query'])
+
+
+def test_photographs_of_a_table_may_lie_elsewhere(tmp_path):
+    write_set(tmp_path / 'photographs', 'train', {'x': 5, 'y': 5, 'z': 5})
+    absolute = utilities.read_dataset(tmp_path / 'photographs/train.csv').drop(columns='domain')
+    (tmp_path / 'tables').mkdir()
+    shutil.copy(tmp_path / 'photographs/train.csv', tmp_path / 'tables/relative.csv')
+    absolute.to_csv(tmp_path / 'tables/absolute.csv', index=False)
+    for name, root in (('relative', tmp_path / 'photographs'), ('absolute', '/')):
+        source = str(tmp_path / f'tables/{name}.csv')
+        with pytest.raises((ValueError, FileNotFoundError), match='ROOT'):
+            utilities.load_data(source, source, source, (source, source), config=small())
+        frames = utilities.load_data(source, source, source, (source, source), config=small(), root=root)
+        assert set(frames['query']['path']) == set(absolute['path'])
 
 
 def test_frames_that_are_given_are_taken_as_they_are_and_shared_classes_are_named(tmp_path, capsys):

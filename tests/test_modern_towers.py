@@ -47,7 +47,7 @@ def test_a_tower_says_what_it_is_and_its_blocks_take_the_bands(name, tag, width,
         for full, parameter in zip(group['names'], group['params']):
             if full.startswith('tower.'):
                 block = min(max(blocks[full[6:]], 0), depth - 1)
-                assert group['lr'] == next(lr for end, lr in config.bands if block < -(-end * depth // 32)), full
+                assert group['lr'] == next(lr for end, lr in config.bands if block + .5 < end * depth / 32), full
                 kept = parameter.ndim == 1 or full.endswith(('embedding', 'pos_embed', '_token', 'latent'))
                 assert group['weight_decay'] == (0 if kept else config.tower_decay), full
 

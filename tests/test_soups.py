@@ -529,6 +529,19 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     assert score(model.state_dict()) == pytest.approx(curve['selection'].iloc[1])
 
 
+def test_runs_with_overlapping_patches_are_compared_with_their_pretrained_tower(train, tmp_path):
+    config = CONFIG.override(overlap=.5)
+    for seed in (5, 6):
+        model = utilities.new_model(config, 12)
+        with torch.no_grad():
+            model.tower.proj += torch.randn(model.tower.proj.shape, generator=torch.Generator().manual_seed(seed))
+        utilities.save_run(tmp_path / f'run{seed}', model, config)
+    runs = [tmp_path / 'run5', tmp_path / 'run6']
+    base = utilities.base_state(runs[0])
+    assert abs(utilities.weight_cosines(runs, base).to_numpy()[0, 1]) < .1
+    assert base['tower.positional_embedding'].shape[0] == 3 * 3 + 1
+
+
 def test_ingredients_are_found_by_their_towers_name_or_the_notebook_to_run_is_named(tmp_path, capsys):
     for name in ('h_none', 'h_flip', 'l_none', 'soup_h'):
         written(tmp_path / name, [random_state()])[0].rename(tmp_path / name / 'model.safetensors')

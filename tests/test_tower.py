@@ -266,6 +266,43 @@ def test_a_share_of_the_classes_holds_those_of_the_batch_and_has_their_loss_and_
     assert utilities.some_classes(labels, 20, 1)[0] is None
 
 
+def test_a_configuration_for_all_classes_is_read_as_it_was_saved(tmp_path):
+    config = utilities.Config(n_classes=None, workers=2)
+    config.save(tmp_path / 'config.json')
+    assert utilities.Config.load(tmp_path / 'config.json') == config and config.override(n_classes=None) == config
+    with pytest.raises(ValueError, match="Config has no field 'n_clases'"):
+        config.override(n_clases=None)
+
+
+@pytest.mark.parametrize('choice', [{'head_norm': True}, {'distil': 1.}])
+def test_what_compares_the_photographs_of_a_batch_keeps_it(choice):
+    with pytest.raises(ValueError, match='give more'):
+        utilities.Config(batch_size=1, **choice)
+    plans = list(utilities.smaller_plans(utilities.Config(**choice), 2))
+    assert plans == [{'checkpoint_activations': True}, {'checkpoint_activations': True, 'shard': True}]
+    assert {'checkpoint_activations': True, 'batch_size': 1} in utilities.smaller_plans(utilities.Config(), 2)
+
+
+@pytest.mark.parametrize('name, depth', [('timm:resnet18', 5), ('timm:convnext_atto', 4)])
+def test_a_tower_of_few_blocks_ends_in_the_last_band_and_begins_in_the_first(name, depth):
+    model, config = with_head(utilities.load_image_tower(name, 'random', 64)), utilities.Config()
+    blocks, found = utilities.tower_blocks(model.tower)
+    groups = utilities.param_groups(model, config)
+    rates = {full.removeprefix('tower.'): group['lr'] for group in groups for full in group['names']}
+    assert found == depth
+    assert {rates[key] for key, block in blocks.items() if block >= depth - 1} == {1e-5}
+    assert {rates[key] for key, block in blocks.items() if block < 0} == {1.25e-6}
+
+
+def test_timms_weights_that_cannot_be_had_are_one_sentence(monkeypatch):
+    def offline(name, pretrained, **options):
+        raise OSError('cannot reach the hub\nwith a traceback')
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(ValueError, match='weights of timm:resnet18 could not be had .cannot reach the hub.: turn') as error:
+        utilities.load_image_tower('timm:resnet18')
+    assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('pool_type, ask', [('tok', 'class token'), ('avg', 'all tokens')])
 def test_a_quickened_tower_has_the_output_and_the_gradients_of_open_clips(pool_type, ask):
     torch.manual_seed(0)

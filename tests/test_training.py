@@ -1,4 +1,5 @@
 """fit: what it writes, that it repeats itself, that it goes on where it was stopped."""
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -135,9 +136,42 @@ def test_the_best_state_on_selection_data_is_kept(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(utilities, 'optimiser_step', watched)
     utilities.fit(CONFIG.override(validate_every=2), new_model(), train, tmp_path / 'run', validate)
-    assert modes == [True, True, False] * 6 + [False]  # dropout in every step, in no score
+    assert modes == [True, True, False] * 6  # dropout in every step, in no score; the last step is scored once
     metadata = utilities.open_checkpoint(tmp_path / 'run/model.safetensors').metadata
     assert json.loads(metadata['step']) == 4 and json.loads(metadata['score']) == pytest.approx(.9)
+
+
+def test_a_run_that_was_stopped_is_no_ingredient_yet_and_what_it_found_best_comes_along(train, tmp_path):
+    scores, config = iter([.5, .9, .3, .1]), CONFIG.override(epochs=1, validate_every=1, max_hours=0)
+    for _ in range(2):
+        with pytest.raises(utilities.Stopped):
+            utilities.fit(config, new_model(), train, tmp_path / 'h_run', lambda model: next(scores))
+    with pytest.raises(FileNotFoundError, match='no finished run of h'):
+        utilities.find_ingredients(tmp_path, ['h'])
+    (tmp_path / 'input').mkdir()
+    (tmp_path / 'h_run').rename(tmp_path / 'input/h_run')
+    utilities.fit(config.override(max_hours=1.), new_model(), train, tmp_path / 'h_run', lambda model: next(scores),
+                  search=(tmp_path / 'input',))
+    assert utilities.find_ingredients(tmp_path, ['h']) == {'h': [tmp_path / 'h_run']}
+    assert json.loads(utilities.open_checkpoint(tmp_path / 'h_run').metadata['step']) == 2
+    assert not (tmp_path / 'h_run' / utilities.BEST).exists()
+
+
+def test_other_photographs_do_not_go_on_in_the_same_folder(train, tmp_path):
+    with pytest.raises(utilities.Stopped):
+        utilities.fit(CONFIG.override(max_hours=0), new_model(), train, tmp_path / 'run')
+    other = train.drop(train.index[0])
+    with pytest.raises(ValueError, match='a run on other photographs .digest .*: give this run another name'):
+        utilities.fit(CONFIG, new_model(), other, tmp_path / 'run')
+
+
+def test_every_run_in_a_kernel_has_the_precision_of_its_own_configuration(train, tmp_path, monkeypatch):
+    used, step = [], utilities.optimiser_step
+    monkeypatch.setattr(utilities, 'optimiser_step', lambda accelerator, *rest: used.append(
+        accelerator.mixed_precision) or step(accelerator, *rest))
+    for precision in ('no', 'bf16'):
+        utilities.fit(CONFIG.override(epochs=1, precision=precision), new_model(), train, tmp_path / precision)
+    assert used == ['no'] * 4 + ['bf16'] * 4
 
 
 def test_an_unreadable_photograph_is_replaced_counted_and_listed(train, tmp_path, capsys):
@@ -227,6 +261,8 @@ def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weig
     assert not utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
     backwards = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
     assert np.allclose(backwards, first[::-1], atol=1e-6)
+    model.spec = dataclasses.replace(model.spec, activation='quick_gelu')  # as of a corrected tag
+    assert utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz').any()
     model.mean += 1
     other = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
     assert not np.allclose(other, backwards, atol=1e-6)

@@ -136,6 +136,20 @@ def test_an_authors_head_is_loaded_with_its_tower(registered, tmp_path):
     assert torch.allclose(found, torch.nn.functional.normalize(expected), atol=1e-5)
 
 
+def test_a_runs_folder_and_texts_beside_checkpoints_are_understood(registered, tmp_path):
+    architecture = {'model_name': 'ViT-Tiny', 'pretrained': 'quick_gelu', 'image_size': 32}
+    (tmp_path / 'files').mkdir()
+    authors_file(tiny_clip('quick_gelu'), tmp_path / 'files/0_0.688')
+    (tmp_path / 'files/README.md').write_text('weights')
+    run, = utilities.link_files('tiny', tmp_path / 'files', architecture)
+    again, = utilities.link_files('tiny', run, architecture)
+    (tmp_path / 'runs').mkdir()
+    (tmp_path / 'runs/one').symlink_to(run)
+    third, = utilities.link_files('tiny', tmp_path / 'runs', architecture)
+    for other in (again, third):
+        assert torch.equal(utilities.load_run(other).tower.proj, utilities.load_run(run).tower.proj)
+
+
 def test_bare_checkpoints_become_a_soup_that_says_how_it_is_built(registered, tmp_path, caplog):
     folder = tmp_path / 'attached'
     folder.mkdir()
