@@ -54,7 +54,7 @@ def works_for(name, frame):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=5)
+    options = timing.arguments(__doc__, repeats=4)
     names = ('autoaugment', 'cutout', 'happywhale', 'none')
     with tempfile.TemporaryDirectory() as folder:
         frame, words = large_photos.large_photographs(folder, 2 if options.quick else 12)

@@ -161,7 +161,7 @@ def rows_for(tower, options):
     small = tower != 'ViT-B-16'
     runs = {kind: [] for kind in KINDS[:4 if small else 3]}  # what bounds ViT-B/16 is its tower, plainly
     children = {kind: timing.Child(options, f'{tower},{kind}') for kind in runs}
-    repeats = options.repeats * (7 if small and not options.quick else 1)  # short steps scatter more
+    repeats = options.repeats * (15 if small and not options.quick else 1)  # short steps scatter more
     for _ in range(repeats + 1):
         for kind, child in children.items():
             runs[kind].append(child.ask())  # the first makes the optimiser's state
@@ -179,7 +179,7 @@ def rows_for(tower, options):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=2, tower=(str, 'miniature,ViT-B-16', 'one or several, with commas'))
+    options = timing.arguments(__doc__, repeats=1, tower=(str, 'miniature,ViT-B-16', 'one or several, with commas'))
     if options.work:
         return work(*options.work.split(','))
     rows, worst = [], 0
@@ -189,7 +189,7 @@ def main():
         worst = max(worst, compare(tower))
         rows += rows_for(tower, options)
     timing.print_table(f'Training step of {BATCHES} × {BATCH} images, float32, {options.threads} threads, median of '
-                       f'{options.repeats} interleaved steps (miniature: {7 * options.repeats}); gradients equal to '
+                       f'{options.repeats} interleaved steps (miniature: {15 * options.repeats}); gradients equal to '
                        f'{worst:.0e}', rows)
 
 
