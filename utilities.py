@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -541,6 +542,9 @@ def digest(frame):
     return hashlib.sha256('\n'.join(pairs).encode()).hexdigest()[:12]
 
 
+SELECTION = ('selection_query', 'selection_index')  # of the frames of a run: objects to make choices on
+
+
 def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500):
     """The frames of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
 
@@ -703,18 +707,20 @@ class Photos(Dataset):
     An item is {'image': uint8 (3, size, size), 'target': int, 'index': i, 'unreadable': bool}; the
     augmentation depends on (seed, epoch, i) alone. Targets default to the rank of the label. With `replace`
     (training) an unreadable photo gives way to the next readable one of its class, or else of any class;
-    without it (evaluation) its image is black. More than `max_unreadable` raise OSError. `sampling`: what a
-    training order draws equally often; a photo's second turn in an epoch is photos[epoch, i, 1]."""
+    without it (evaluation) its image is black. More than `max_unreadable` (None: 100, or one in a hundred) raise
+    OSError. `sampling`: what a training order draws equally often; a photo's second turn in an epoch is
+    photos[epoch, i, 1]."""
 
     def __init__(self, frame, size, augment='none', *, seed=5, targets=None, replace=False,
-                 max_unreadable=100, sampling='photographs'):
+                 max_unreadable=None, sampling='photographs'):
         self.paths = frame['path'].tolist()
         ranks, _ = pd.factorize(frame['label'], sort=True)
         self.targets = ranks if targets is None else np.asarray(targets)
         column = {'photographs': None, 'classes': 'label', 'domains': 'domain'}[sampling]
         self.groups = frame[column].to_numpy() if column else None
         self.transform = augmentation(augment)
-        self.size, self.seed, self.replace, self.max_unreadable = size, seed, replace, max_unreadable
+        self.size, self.seed, self.replace = size, seed, replace
+        self.max_unreadable = max(100, len(frame) // 100) if max_unreadable is None else max_unreadable
         self._bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
 
     def __len__(self):
@@ -757,6 +763,33 @@ class Photos(Dataset):
             yield from others[~same]
 
 
+class KeptPhotos(Photos):
+    """Photos for evaluation that read each photo once and keep its pixels, in memory that forked processes share."""
+
+    def __init__(self, frame, size):
+        super().__init__(frame, size)
+        shape = len(frame), 3, size, size
+        pixels = mmap.mmap(-1, max(1, math.prod(shape)))  # not share_memory_, as /dev/shm may be small
+        self._pixels = torch.frombuffer(pixels, dtype=torch.uint8)[:math.prod(shape)].view(shape)
+        self._read = torch.zeros(len(frame), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        if not self._read[index]:
+            self._pixels[index] = super().__getitem__(index)['image']
+            self._read[index] = True
+        return {'image': self._pixels[index], 'target': int(self.targets[index]), 'index': index,
+                'unreadable': bool(self._bad[index])}
+
+
+def keep_pixels(frames, size):
+    """{name: Photos} of frames that many models will look at, each photo read once for all of them; read anew each time
+    where all of them together would take more than half of the memory that is free now."""
+    needed = sum(map(len, frames.values())) * 3 * size * size
+    kind = KeptPhotos if needed < psutil.virtual_memory().available / 2 else Photos
+    return {name: kind(frame, size) for name, frame in frames.items()}
+
+
 @contextmanager
 def _seeded(*entropy):
     """torch's CPU generator seeded from `entropy` for a while; then its stream goes on where it was."""
@@ -788,7 +821,8 @@ def sampling_order(n, groups, seed, epoch):
 
 
 def loader(photos, batch_size, *, train=False, epoch=0, start=0, rank=0, processes=1, workers=None):
-    """DataLoader over Photos, for one pass. Evaluation: every photo in order.
+    """DataLoader over Photos, for one pass. Evaluation: every photo in order; of several processes each takes every
+    `processes`-th, as many as the others, so that the last may repeat some.
 
     Training: full batches in an order that depends on (photos.seed, epoch) alone, from position `start` on
     (the number of samples already used in this epoch, by all processes). Neither making nor using a loader
@@ -799,13 +833,14 @@ def loader(photos, batch_size, *, train=False, epoch=0, start=0, rank=0, process
     cuda, cores = torch.cuda.is_available(), os.cpu_count() or 1
     if workers is None:
         workers = min(cores, 8) if cuda or cores >= 8 else 0
-    order = sampling_order(len(photos), photos.groups, photos.seed, epoch)[start:] if train else []
-    together = batch_size * processes  # every process takes its part of the same global batch
-    order = [key for place, key in enumerate(order[:len(order) // together * together])
-             if place % together // batch_size == rank]
-    return DataLoader(photos, batch_size, sampler=order if train else None,
-                      drop_last=train, num_workers=workers, pin_memory=cuda, worker_init_fn=_one_thread,
-                      generator=torch.Generator().manual_seed(photos.seed))
+    if train:
+        order, together = sampling_order(len(photos), photos.groups, photos.seed, epoch)[start:], batch_size * processes
+        order = [key for place, key in enumerate(order[:len(order) // together * together])
+                 if place % together // batch_size == rank]  # every process takes its part of the same global batch
+    else:
+        order = [place % len(photos) for place in range(rank, -(-len(photos) // processes) * processes, processes)]
+    return DataLoader(photos, batch_size, sampler=order, drop_last=train, num_workers=workers, pin_memory=cuda,
+                      worker_init_fn=_one_thread, generator=torch.Generator().manual_seed(photos.seed))
 
 
 def _one_thread(_):
@@ -2238,14 +2273,18 @@ def finish(accelerator, model, validate, run_dir, progress, config, unreadable):
 
 @torch.inference_mode()
 def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedding', max_unreadable=None):
-    """Vectors of photographs: float32 (n, dim), rows as in the frame.
+    """Vectors of photographs: float32 (n, dim), rows as in the frame (columns path, label), or Photos at the model's size.
 
     Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a
     digest of weights and normalisation; it is used again when all agree. An unreadable photograph is named and becomes
-    a black one; more than max_unreadable (None: 100, or one in a hundred) raise OSError.
+    a black one; more than max_unreadable (as in Photos) raise OSError.
     """
     rank, processes = own_share()
-    paths = frame['path'].to_numpy(str)
+    photos = frame if isinstance(frame, Photos) else Photos(frame, model.spec.image_size, max_unreadable=max_unreadable)
+    if photos.size != model.spec.image_size:
+        raise ValueError(f'The photographs are read at {photos.size} pixels, and the model takes {model.spec.image_size}: '
+                         f'give it a frame, or Photos of that size.')
+    paths = np.array(photos.paths, str)
     if cache:
         numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
         spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
@@ -2253,19 +2292,17 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as kept:
             if str(kept['digest']) == key and np.array_equal(kept['paths'], paths):
                 return kept['vectors']
-    if not len(frame):
+    if not len(photos):
         return np.zeros((0, model.spec.width), np.float32)
-    each = -(-len(frame) // processes)  # of every process alike, as a sharded model computes in step: the last repeat some
-    photos = Photos(frame.iloc[np.arange(rank, each * processes, processes) % len(frame)], model.spec.image_size,
-                    max_unreadable=max(100, len(frame) // 100) if max_unreadable is None else max_unreadable)
     device = best_device()
     model.to(device).eval()
+    batches = loader(photos, batch_size, rank=rank, processes=processes, workers=workers)
     with torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
-        vectors = torch.cat([model(batch['image'].to(device)).float() for batch in progress_bar(
-            loader(photos, batch_size, workers=workers), desc, leave=False, disable=rank > 0)])
+        vectors = torch.cat([model(batch['image'].to(device)).float()
+                             for batch in progress_bar(batches, desc, leave=False, disable=rank > 0)])
     unreadable = photos.unreadable
     if processes > 1:  # (processes · each, dim) by rank -> by row
-        vectors = gather(vectors).unflatten(0, (processes, each)).transpose(0, 1).flatten(0, 1)[:len(frame)]
+        vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(photos)]
         unreadable = sorted(set(gather_object(unreadable)))
     vectors = vectors.cpu().numpy()
     if unreadable and rank == 0:
@@ -2787,10 +2824,11 @@ def _linked_folder(name, files):
 def scorer(run, frames):
     """state -> mP@5 on the selection objects, for states of this run's architecture."""
     model = load_run(run)
+    photos = keep_pixels({name: frames[name] for name in SELECTION}, model.spec.image_size)
 
     def score(state):
         load_strictly(model, state, 'the state')
-        return selection_score(model, frames)
+        return selection_score(model, frames, photos)
 
     return score
 
@@ -2834,11 +2872,13 @@ def sweep_alpha(base, soup, alphas, frames):
     some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(200)  # of all domains alike
     seen = train[train['label'].isin(some)].groupby('label').head(5)
     model = load_run(soup)
+    names = ('query', 'index', *SELECTION)
+    photos = keep_pixels({'seen': seen} | {name: frames[name] for name in names}, model.spec.image_size)
     for alpha in alphas:
         load_strictly(model, interpolate_states(base, checkpoint_file(soup), alpha), soup)
-        vectors = embed_all(model, frames | {'seen': seen}, names=('seen', 'query', 'index'))
+        vectors = embed_all(model, photos, names=('seen', 'query', 'index'))
         among_others = mean_precision_at_5(vectors['seen'], seen['label'], vectors['seen'], seen['label'], exclude_self=True)
-        rows.append({'alpha': alpha, 'selection': selection_score(model, frames), 'seen': among_others,
+        rows.append({'alpha': alpha, 'selection': selection_score(model, frames, photos), 'seen': among_others,
                      'never seen': score_table('', '', vectors, frames, dims=(None,))['mp5'].iloc[0]})
     return pd.DataFrame(rows)
 
@@ -3232,40 +3272,53 @@ def some_objects(frames, n):
 
 
 def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
-    """Vectors of several frames by name, on all GPUs, kept under `folder` if given: dict name -> float32 (n, dim)."""
+    """Vectors of several frames (or Photos) by name, on all GPUs, kept under `folder` if given: dict name -> float32
+    (n, dim)."""
     return launch_arrays(lambda: {name: embed(model, frames[name], desc=name, cache=folder and Path(folder) / f'{name}.npz')
                                   for name in names})
+
+
+def embed_runs(runs, frames, names):
+    """{run's name: embed_all} of runs that share an architecture; each photograph is read once for all of them."""
+    vectors, photos = {}, None
+    for run in map(Path, runs):
+        model = load_run(run)
+        photos = photos or keep_pixels({name: frames[name] for name in names}, model.spec.image_size)
+        vectors[run.name] = embed_all(model, photos, run / 'vectors', names)
+    return vectors
 
 
 def to_dim(vectors, dim=64, projection=None, split=''):
     """(query, index) of embed_all's vectors, L2-normalised at `dim` columns.
 
-    projection: any map (n, d) -> (n, dim); None: a PCA fitted on vectors['pca'], the training photographs.
-    split: as in score_table.
+    projection: any map (n, d) -> (n, dim or more columns, of which the first are taken); None: a PCA fitted on
+    vectors['pca'], the training photographs. split: as in score_table.
     """
     projection = projection or fit_pca(vectors['pca'], dim)
-    return tuple(l2_normalise(projection(vectors[split + part])) for part in ('query', 'index'))
+    return tuple(l2_normalise(projection(vectors[split + part])[:, :dim]) for part in ('query', 'index'))
 
 
 def score_table(stage, name, vectors, frames, *, dims=(None, 64), projection=None, seconds=math.nan, split=''):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, seconds, a row for each entry of dims.
 
-    vectors: dict of embed_all. dims: None is the full width; a number goes through to_dim. projection: a function
-    dim -> projection, for another one than to_dim's. split: 'selection_' scores the objects for choices instead.
+    vectors: dict of embed_all. dims: None is the full width; a number goes through to_dim with this projection, by default
+    one PCA for all. split: 'selection_' scores the objects for choices instead.
     """
-    rows = []
+    width, rows = vectors[f'{split}query'].shape[1], []
+    dims = [dim and min(dim, width) for dim in dims]
+    if projection is None and any(dims):
+        projection = fit_pca(vectors['pca'], max(filter(None, dims)))
     for dim in dims:
-        dim = dim and min(dim, vectors[f'{split}query'].shape[1])
         query, index = (vectors[f'{split}query'], vectors[f'{split}index']) if dim is None else \
-            to_dim(vectors, dim, projection and projection(dim), split)
+            to_dim(vectors, dim, projection, split)
         score = mean_precision_at_5(query, frames[f'{split}query']['label'], index, frames[f'{split}index']['label'])
         rows.append({'stage': stage, 'model': name, 'dim': query.shape[1], 'mp5': score, 'seconds': seconds})
     return pd.DataFrame(rows)
 
 
-def selection_score(model, frames):
-    """mP@5 of a model at its own width on the selection split."""
-    vectors = embed_all(model, frames, names=('selection_query', 'selection_index'))
+def selection_score(model, frames, photos=None):
+    """mP@5 of a model at its own width on the selection split. photos: keep_pixels of it, for a score of many models."""
+    vectors = embed_all(model, photos or frames, names=SELECTION)
     return float(score_table('', '', vectors, frames, dims=(None,), split='selection_')['mp5'].iloc[0])
 
 

@@ -78,7 +78,7 @@ def plain_loss(cosine, labels, margins):
 
 
 def build(tower, kind):
-    """(model, batches, margins, function that makes one step and returns the loss)."""
+    """(model, batches, margins, function that makes a step of some batches and returns the loss)."""
     torch.manual_seed(0)
     n_classes, config, margins = TOWERS[tower][2], configuration(tower, kind == 'checkpointed'), None
     margins = utilities.adaptive_margins(torch.arange(n_classes) % 47 + 4)
@@ -92,7 +92,7 @@ def build(tower, kind):
         del head
         optimiser = torch.optim.AdamW([{'params': [p], 'lr': 1e-5, 'weight_decay': 1e-3} for p in model.parameters()])
 
-        def step():
+        def step(batches):
             total = 0.
             for batch in batches:
                 loss = plain_loss(model(batch['image']), batch['target'], margins) / BATCHES
@@ -106,7 +106,7 @@ def build(tower, kind):
     if kind == 'tower':
         model = utilities.load_image_tower(config.model_name, config.pretrained).train()
 
-        def step():
+        def step(batches):
             for batch in batches:
                 model(batch['image'] / 255).sum().backward()
             model.zero_grad()
@@ -116,7 +116,8 @@ def build(tower, kind):
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     image_tower = utilities.load_image_tower(config.model_name, config.pretrained)
     model, optimiser, _ = utilities.prepare_training(accelerator, utilities.Embedder(image_tower, head), config, 1000)
-    return model, batches, margins, lambda: utilities.optimiser_step(accelerator, model, optimiser, batches, margins, config)
+    return model, batches, margins, lambda batches: utilities.optimiser_step(
+        accelerator, model, optimiser, batches, margins, config)
 
 
 def gradients(tower, kind):
@@ -147,12 +148,12 @@ def compare(tower):
 
 
 def work(tower, kind):
-    """In a child process: one step for each question."""
+    """In a child process: a step of as many batches as each question says."""
     warnings.simplefilter('ignore')
-    step = build(tower, kind)[-1]
+    _, batches, _, step = build(tower, kind)
 
-    def one(_):
-        result, loss = timing.measured(step)
+    def one(count):
+        result, loss = timing.measured(lambda: step(batches[:int(count)]))
         return result | {'loss': loss}
     timing.answer(one)
 
@@ -162,9 +163,9 @@ def rows_for(tower, options):
     runs = {kind: [] for kind in KINDS[:4 if small else 3]}  # what bounds ViT-B/16 is its tower, plainly
     children = {kind: timing.Child(options, f'{tower},{kind}') for kind in runs}
     repeats = options.repeats * (15 if small and not options.quick else 1)  # short steps scatter more
-    for _ in range(repeats + 1):
+    for turn in range(repeats + 1):
         for kind, child in children.items():
-            runs[kind].append(child.ask())  # the first makes the optimiser's state
+            runs[kind].append(child.ask(str(BATCHES if turn else 1)))  # the first makes the optimiser's state
     for child in children.values():
         child.close()
     seconds = {kind: median(run['seconds'] for run in of_kind[1:]) for kind, of_kind in runs.items()}

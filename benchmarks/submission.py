@@ -56,7 +56,7 @@ def row_for(name, options):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=5)
+    options = timing.arguments(__doc__, repeats=3)
     rows = [row_for(name, options) for name in (['miniature'] if options.quick else TOWERS)]
     timing.print_table(f'Exported submission, one photograph at a time, {options.threads} threads, median of '
                        f'{options.repeats} interleaved runs', rows)

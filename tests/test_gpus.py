@@ -308,16 +308,19 @@ def _score_by_two(train, folder):
     torch.set_num_threads(1)
     model, frames = new_model(), {'query': train[::6], 'index': train.drop(train.index[::6])}
     frames |= {f'selection_{name}': frame for name, frame in frames.items()}
+    kept = utilities.keep_pixels({'kept': train}, 32)
 
     def made():
         encode = utilities.load_text_tower('local-dir:media/miniature', 'miniature')
         return {'texts': utilities.text_vectors(encode, ['apple', 'red car'], ('{}', '{} face')),
                 'score': utilities.selection_score(model, frames),
-                **utilities.embed_all(model, frames, names=('query', 'index'))}
+                **utilities.embed_all(model, frames, names=('query', 'index')),
+                **utilities.embed_all(model, kept, names=['kept'])}
 
     launch = utilities.launch
     utilities.launch = functools.partial(launch, processes=2)
     np.savez(folder / 'two.npz', **made())
+    assert kept['kept']._read.all()  # by the launched processes, in memory that this one shares
     utilities.launch = launch
     np.savez(folder / 'one.npz', **made())
 

@@ -1,9 +1,11 @@
 import io
+import os
 import pickle
 import random
 import struct
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -638,6 +640,33 @@ def test_photos_travel_to_processes_that_are_not_forked(frame):
     first = photos.transform(COLOURS)
     torch.manual_seed(0)
     assert torch.equal(transform(COLOURS), first)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_kept_photographs_are_those_that_are_read_and_each_is_read_once(frame, workers):
+    spoil(frame, 3)
+    read = gathered(utilities.loader(utilities.Photos(frame, 8), 5, workers=0))
+    kept = utilities.keep_pixels({'some': frame, 'none': frame.head(0)}, 8)
+    assert len(kept['none']) == 0
+    first = gathered(utilities.loader(kept['some'], 5, workers=workers))
+    for path in frame['path']:
+        os.unlink(path)
+    again = gathered(utilities.loader(kept['some'], 5, workers=workers))
+    for batches in (first, again):
+        assert batches.keys() == read.keys() and all(torch.equal(batches[key], read[key]) for key in read)
+    assert kept['some'].unreadable == [frame['path'][3]] and again['unreadable'].nonzero().tolist() == [[3]]
+
+
+def test_photographs_are_kept_only_where_they_take_less_than_half_of_the_memory(frame, monkeypatch):
+    for free, kind in ((2 * 24 * 3 * 64, utilities.Photos), (2 * 24 * 3 * 64 + 2, utilities.KeptPhotos)):
+        monkeypatch.setattr(utilities.psutil, 'virtual_memory', lambda: SimpleNamespace(available=free))  # noqa: B023
+        assert type(utilities.keep_pixels({'one': frame.head(20), 'two': frame.tail(4)}, 8)['one']) is kind
+
+
+def test_of_several_processes_each_reads_as_many_in_order(frame):
+    photos = utilities.Photos(frame.head(7), 8)
+    parts = [gathered(utilities.loader(photos, 2, rank=rank, processes=3))['index'].tolist() for rank in range(3)]
+    assert parts == [[0, 3, 6], [1, 4, 0], [2, 5, 1]]
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')

@@ -308,8 +308,7 @@ def test_scores_at_full_width_and_through_a_projection_have_a_row_each():
     assert table['mp5'].tolist()[::2] == [
         mean_precision_at_5(parts['query'], labels[:24], parts['index'], labels[24:]),
         mean_precision_at_5(query, labels[:24], index, labels[24:])]
-    random_ways = utilities.score_table('', '', parts, frames, dims=(3,), projection=lambda dim: utilities.random_projection(
-        80, dim))
+    random_ways = utilities.score_table('', '', parts, frames, dims=(3,), projection=utilities.random_projection(80, 3))
     assert random_ways['mp5'].iloc[0] < table['mp5'].iloc[2]
     chosen = utilities.score_table('', '', parts, frames, dims=(None,), split='selection_')
     assert chosen['mp5'].iloc[0] == mean_precision_at_5(vectors[24:48], labels[24:48], vectors[:24], labels[:24])

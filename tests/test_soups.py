@@ -529,6 +529,22 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     assert score(model.state_dict()) == pytest.approx(curve['selection'].iloc[1])
 
 
+def test_runs_of_one_tower_are_embedded_each_by_itself_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
+    runs, frames, read, reads = [], {'pca': train, 'query': train[::3]}, utilities.read_photo, []
+    for seed in (3, 4):
+        model = new_model(CONFIG.override(head_seed=seed))
+        runs.append(tmp_path / f'run{seed}')
+        utilities.save_run(runs[-1], model, CONFIG)
+    monkeypatch.setattr(utilities, 'read_photo', lambda *arguments: reads.append(arguments) or read(*arguments))
+    vectors = utilities.embed_runs(runs, frames, ('pca', 'query'))
+    assert list(vectors) == ['run3', 'run4'] and len(reads) == len(train) + len(train[::3])
+    for run in runs:
+        for part, frame in frames.items():
+            assert np.array_equal(vectors[run.name][part], utilities.embed(utilities.load_run(run), frame))
+            assert (run / 'vectors' / f'{part}.npz').exists()
+    assert not np.allclose(vectors['run3']['pca'], vectors['run4']['pca'], atol=1e-3)
+
+
 def test_runs_with_overlapping_patches_are_compared_with_their_pretrained_tower(train, tmp_path):
     config = CONFIG.override(overlap=.5)
     for seed in (5, 6):

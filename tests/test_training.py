@@ -285,6 +285,13 @@ def test_an_unreadable_photograph_has_the_vector_of_a_black_square_and_is_named(
         utilities.embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
 
 
+def test_photographs_kept_for_many_models_must_have_their_size(train):
+    model, photos = new_model().eval(), utilities.keep_pixels({'train': train, 'large': train}, 32)
+    assert np.array_equal(utilities.embed(model, photos['train']), utilities.embed(model, train))
+    with pytest.raises(ValueError, match='read at 16 pixels, and the model takes 32'):
+        utilities.embed(model, utilities.Photos(train, 16))
+
+
 def test_the_learning_rate_warms_up_then_falls_to_zero():
     shares = [utilities.learning_rate_share(step, 100, 10) for step in range(101)]
     assert shares[0] > 0 and np.argmax(shares) == 10 and shares[10] == 1 and shares[100] == pytest.approx(0, abs=1e-9)
