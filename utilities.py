@@ -604,7 +604,12 @@ _UPRIGHT = dict(zip(range(2, 9), (  # EXIF orientation -> what undoes it
 
 
 def read_photo(path, size, max_pixels=89_000_000):
-    """A photo as RGB image, upright, squashed to (size, size) by antialiased bicubic; alpha on white.
+    """A photo as RGB image, upright, squashed to (size, size) by antialiased bicubic; alpha on white. See read_pixels."""
+    return Image.fromarray(read_pixels(path, size, max_pixels).numpy())
+
+
+def read_pixels(path, size, max_pixels=89_000_000):
+    """What read_photo shows, as uint8 (size, size, 3).
 
     JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean
     absolute error against full decoding (with 1.4 times `size` 3.5/255 was measured). Raises OSError, naming
@@ -616,7 +621,7 @@ def read_photo(path, size, max_pixels=89_000_000):
             _, box = image.draft(None, (2 * size, 2 * size)) or (None, (0, 0, *image.size))
             small = _squash(_to_rgb(image), size, box)
             turn = _UPRIGHT.get(_orientation(image))  # on the small square: the same, and cheaper
-            return small if turn is None else small.transpose(turn)
+            return small if turn is None else torch.from_numpy(np.array(Image.fromarray(small.numpy()).transpose(turn)))
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
         raise OSError(f'The photo {path} cannot be read: {error}') from error
 
@@ -631,12 +636,11 @@ def _to_rgb(image):
 
 
 def _squash(image, size, box):
-    """torch's uint8 kernel: Pillow's bicubic within 2 levels, in less than half of its time. `box` is the
-    exact extent: 427 rows decoded at half scale are 214, of which 213.5 are picture."""
+    """uint8 (size, size, 3) by torch's kernel: Pillow's bicubic within 2 levels, in less than half of its time. `box` is
+    the exact extent: 427 rows decoded at half scale are 214, of which 213.5 are picture."""
     pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # [None] first: else torch copies it back and forth
     scale = [size / side * (1 + 1e-9) for side in (box[3], box[2])]  # the output's side is rounded down
-    return Image.fromarray(F.interpolate(pixels, scale_factor=scale, mode='bicubic', antialias=True)[0]
-                           .permute(1, 2, 0).numpy())
+    return F.interpolate(pixels, scale_factor=scale, mode='bicubic', antialias=True)[0].permute(1, 2, 0)
 
 
 def _orientation(image):
@@ -718,7 +722,8 @@ class Photos(Dataset):
         self.targets = ranks if targets is None else np.asarray(targets)
         column = {'photographs': None, 'classes': 'label', 'domains': 'domain'}[sampling]
         self.groups = frame[column].to_numpy() if column else None
-        self.transform = augmentation(augment)
+        transform = augmentation(augment)
+        self.transform = None if augment == 'none' else transform  # which would only make an image of pixels and back
         self.size, self.seed, self.replace = size, seed, replace
         self.max_unreadable = max(100, len(frame) // 100) if max_unreadable is None else max_unreadable
         self._bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
@@ -729,9 +734,11 @@ class Photos(Dataset):
     def __getitem__(self, key):
         epoch, index, *turn = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[index]
-        image, source = self._readable(index)
-        with _seeded(self.seed, epoch, index, *turn):
-            image = self.transform(image)
+        pixels, source = self._readable(index)
+        image = pixels.permute(2, 0, 1)
+        if self.transform:
+            with _seeded(self.seed, epoch, index, *turn):
+                image = self.transform(Image.fromarray(pixels.numpy()))
         return {'image': image, 'target': int(self.targets[source]), 'index': index,
                 'unreadable': bool(self._bad[index])}
 
@@ -744,7 +751,7 @@ class Photos(Dataset):
     def _readable(self, index):
         for source in self._candidates(index):
             try:
-                return read_photo(self.paths[source], self.size), source
+                return read_pixels(self.paths[source], self.size), source
             except OSError as error:
                 self._bad[source] = True
                 if self._bad.sum() > self.max_unreadable:
@@ -752,7 +759,7 @@ class Photos(Dataset):
                                   f'the last: {error}') from None
         if self.replace:
             raise OSError(f'None of the {len(self):,} photos can be read; the first is {self.paths[0]}.')
-        return Image.new('RGB', (self.size, self.size)), index
+        return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), index
 
     def _candidates(self, index):
         yield index

@@ -38,7 +38,7 @@ demo_share.start_clock({file!r})
 
 
 PARTS = {  # functions whose time is not the rest, beside the tower's that they call
-    'photographs': ['utilities.read_photo', 'utilities.Photos.__getitem__', 'utilities.describe', 'utilities.load_data'],
+    'photographs': ['utilities.read_pixels', 'utilities.Photos.__getitem__', 'utilities.describe', 'utilities.load_data'],
     'head, loss, optimiser': ['utilities.optimiser_step'],
     'files': ['utilities.keep_state', 'utilities.keep_weights', 'utilities.keep_vectors', 'utilities.save_state',
               'utilities.state_digest', 'utilities.load_run', 'utilities.average_states'],

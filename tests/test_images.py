@@ -321,7 +321,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_twice_the_side(
 @pytest.mark.parametrize('side, size', [(47, 96), (49, 16), (55, 224), (83, 224), (98, 16)])
 def test_a_side_whose_scale_rounds_down_still_gives_the_whole_square(side, size):
     square = utilities._squash(Image.new('RGB', (side, side)), size, (0, 0, side, side))
-    assert square.size == (size, size)
+    assert square.shape == (size, size, 3)
 
 
 def test_reduced_decoding_does_not_shift_the_picture(tmp_path):

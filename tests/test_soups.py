@@ -530,12 +530,12 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
 
 
 def test_runs_of_one_tower_are_embedded_each_by_itself_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
-    runs, frames, read, reads = [], {'pca': train, 'query': train[::3]}, utilities.read_photo, []
+    runs, frames, read, reads = [], {'pca': train, 'query': train[::3]}, utilities.read_pixels, []
     for seed in (3, 4):
         model = new_model(CONFIG.override(head_seed=seed))
         runs.append(tmp_path / f'run{seed}')
         utilities.save_run(runs[-1], model, CONFIG)
-    monkeypatch.setattr(utilities, 'read_photo', lambda *arguments: reads.append(arguments) or read(*arguments))
+    monkeypatch.setattr(utilities, 'read_pixels', lambda *arguments: reads.append(arguments) or read(*arguments))
     vectors = utilities.embed_runs(runs, frames, ('pca', 'query'))
     assert list(vectors) == ['run3', 'run4'] and len(reads) == len(train) + len(train[::3])
     for run in runs:
