@@ -1030,14 +1030,14 @@ class ClassTokenBlock(ResidualAttentionBlock):
 
 
 class PackedAttention(nn.MultiheadAttention):
-    """Self-attention with the same weights and result, cheaper to train: query, key and value are parts of one projection.
+    """Self-attention with the same weights and result, cheaper: query, key and value are parts of one projection.
 
-    torch's own takes them out one by one, for each of which its backward pass fills a tensor of all three with zeros and
-    adds it to the rest. Without gradients torch's own runs, fused.
+    torch's own copies them apart, and takes them out one by one, for each of which its backward pass fills a tensor of all
+    three with zeros and adds it to the rest. An exported file has torch's own, whose operators its reader knows.
     """
 
     def forward(self, query, key, value, need_weights=False, attn_mask=None):
-        if not torch.is_grad_enabled() or attn_mask is not None:
+        if torch.jit.is_tracing() or attn_mask is not None:
             return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask)
         if query is key:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, 2)
@@ -3168,7 +3168,7 @@ def _group_scores(query, x, half, out):
         for rows, bias, best in zip(x.split(tile_x), half.split(tile_x), out_q.split(tile_x // GROUP, 1)):
             scores = buffer[:len(rows) * len(q)].view(len(rows), len(q))
             torch.addmm(-bias[:, None], rows, q.T, out=scores)
-            best.copy_(scores.view(-1, GROUP, len(q)).amax(1).T)
+            best.copy_(scores.view(-1, GROUP, len(q)).amax(1).T.contiguous())  # torch transposes faster than it scatters
 
 
 def _scan(query, index, k, exclude, chunk):
