@@ -12,6 +12,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,7 +40,7 @@ def product_alone(query, index):
 
 
 def by_float64(query, index):
-    distances = np.stack([np.linalg.norm(index.astype(np.float64) - q, axis=1) for q in query.astype(np.float64)])
+    distances = cdist(query.astype(np.float64), index.astype(np.float64))
     order = np.argsort(distances, axis=1, kind='stable')[:, :5]
     return np.take_along_axis(distances, order, 1), order
 
