@@ -17,6 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parents[1]
+STARTED = time.perf_counter()
 
 
 def arguments(doc, repeats, **more):
@@ -131,7 +132,8 @@ class Row:
 
 
 def print_table(title, rows):
-    print(f'\n{title}\n\n| | ours | reference | unit | ratio | aim | reached | bound |\n{"| --- " * 8}|')
+    print(f'\n{title}; {time.perf_counter() - STARTED:.0f} s in all\n')
+    print(f'| | ours | reference | unit | ratio | aim | reached | bound |\n{"| --- " * 8}|')
     for row in rows:
         print(f'| {row.work} | {row.ours:.4g} | {row.reference:.4g} | {row.unit} | {row.ratio:.2f} | {row.aim} | '
               f'{row.reached} | {row.bound} |')
