@@ -273,7 +273,8 @@ def run_notebook(name, output, parameters):
     started = time.time()
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', log_output=False)
+        papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', log_output=False,
+                                   extra_arguments=['--log-level=ERROR'])  # else each kernel warns that it uses TCP
     except papermill.PapermillExecutionError as error:
         raise SystemExit(f'{name}.ipynb stopped: {error.ename}: {error.evalue}\nSee {output}.') from None
     print(f'{name} {parameters}: {time.time() - started:.0f} s -> {output}')

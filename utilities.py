@@ -2829,13 +2829,16 @@ def _linked_folder(name, files):
 
 
 def scorer(run, frames):
-    """state -> mP@5 on the selection objects, for states of this run's architecture."""
-    model = load_run(run)
+    """state -> mP@5 on the selection objects, for states of this run's architecture; none is scored twice."""
+    model, known = load_run(run), {}
     photos = keep_pixels({name: frames[name] for name in SELECTION}, model.spec.image_size)
 
     def score(state):
         load_strictly(model, state, 'the state')
-        return selection_score(model, frames, photos)
+        key = state_digest(state)
+        if key not in known:
+            known[key] = selection_score(model, frames, photos)
+        return known[key]
 
     return score
 

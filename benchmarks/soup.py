@@ -74,9 +74,9 @@ def errors(paths):
     assert averaged.keys() == states[0].keys()
     for name, tensor in averaged.items():
         stack = torch.stack([state[name] for state in states])
-        exact = (stack.sum(0, dtype=torch.float64) / len(stack)).float()
-        far_plain = max(far_plain, (tensor - stack.mean(0)).abs().max().item())
-        far_exact = max(far_exact, (tensor - exact).abs().max().item())
+        exact = stack.sum(0, dtype=torch.float64).div_(len(stack)).float()
+        far_plain = max(far_plain, stack.mean(0).sub_(tensor).abs_().max().item())
+        far_exact = max(far_exact, exact.sub_(tensor).abs_().max().item())
     return {'plain': far_plain, 'exact': far_exact}
 
 
@@ -120,7 +120,6 @@ def main():
         paths = [f'{folder}/{i}.pt' for i in range(options.count)]
         for i, path in enumerate(paths):
             torch.save(vit_l_state(i, blocks, width=64 if options.quick else 1024), path)
-        in_process(options, 'reading', paths)  # into the page cache
         runs = {kind: [] for kind in (*WORKS, 'soup')}
         for turn in range(options.repeats):
             for kind in runs if turn == 0 else runs.keys() - {'plain'}:

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from statistics import median
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -77,17 +78,15 @@ def plain_loss(cosine, labels, margins):
 
 def build(tower, kind):
     """(model, batches, margins, function that makes a step of some batches and returns the loss)."""
-    torch.manual_seed(0)
-    n_classes, config, margins = TOWERS[tower][2], configuration(tower, kind == 'checkpointed'), None
+    n_classes, config = TOWERS[tower][2], configuration(tower, kind == 'checkpointed')
     margins = utilities.adaptive_margins(torch.arange(n_classes) % 47 + 4)
-    image_tower = utilities.load_image_tower(config.model_name, config.pretrained)
-    spec = image_tower.spec
-    batches = some_batches(spec.image_size, n_classes)
-    head = utilities.SubcenterHead(spec.width, n_classes, dim=config.embedding_dim)
+    facts = open_clip.get_model_config(config.model_name)
+    batches = some_batches(facts['vision_cfg']['image_size'], n_classes)
+    head = utilities.SubcenterHead(facts['embed_dim'], n_classes, dim=config.embedding_dim)
     if kind == 'plain':
-        del image_tower
-        model = PlainModel(whole_clip(tower), head, spec.mean, spec.std).train()
-        del head
+        clip = whole_clip(tower)
+        model = PlainModel(clip, head, clip.visual.preprocess_cfg['mean'], clip.visual.preprocess_cfg['std']).train()
+        del clip, head
         optimiser = torch.optim.AdamW([{'params': [p], 'lr': 1e-5, 'weight_decay': 1e-3} for p in model.parameters()])
 
         def step(batches):
@@ -100,6 +99,8 @@ def build(tower, kind):
             optimiser.zero_grad()
             return total
         return model, batches, margins, step
+    torch.manual_seed(0)  # as for the whole CLIP: the same random weights
+    image_tower = utilities.load_image_tower(config.model_name, config.pretrained)
     if kind == 'tower':
         model = image_tower.train()
 

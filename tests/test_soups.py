@@ -503,7 +503,7 @@ def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_pat
     assert table.loc[str(tmp_path / 'soup'), 'digest'] == utilities.state_digest(soup.state_dict())
 
 
-def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_soup(train, tmp_path):
+def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_soup(train, tmp_path, monkeypatch):
     model = new_model().eval()
     with torch.no_grad():
         for parameter in model.tower.parameters():
@@ -527,6 +527,8 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
     score = utilities.scorer(tmp_path / 'soup', frames)
     assert score(model.state_dict()) == pytest.approx(curve['selection'].iloc[1])
+    monkeypatch.setattr(utilities, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
+    assert score(model.state_dict()) > 0 and score(new_model().state_dict()) == 0
 
 
 def test_runs_of_one_tower_are_embedded_each_by_itself_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
