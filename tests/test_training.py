@@ -286,7 +286,7 @@ def test_an_unreadable_photograph_has_the_vector_of_a_black_square_and_is_named(
 
 
 def test_photographs_kept_for_many_models_must_have_their_size(train):
-    model, photos = new_model().eval(), utilities.keep_pixels({'train': train, 'large': train}, 32)
+    model, photos = new_model().eval(), utilities.keep_pixels({'train': train}, 32)
     assert np.array_equal(utilities.embed(model, photos['train']), utilities.embed(model, train))
     with pytest.raises(ValueError, match='read at 16 pixels, and the model takes 32'):
         utilities.embed(model, utilities.Photos(train, 16))
