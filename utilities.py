@@ -791,9 +791,9 @@ class KeptPhotos(Photos):
 
 def keep_pixels(frames, size):
     """{name: Photos} of frames that many models will look at, each photo read once for all of them; read anew each time
-    where all of them together would take more than half of the memory that is free now."""
+    where all of them together would take more than a quarter of the memory that is free now."""
     needed = sum(map(len, frames.values())) * 3 * size * size
-    kind = KeptPhotos if needed < psutil.virtual_memory().available / 2 else Photos
+    kind = KeptPhotos if needed < psutil.virtual_memory().available / 4 else Photos
     return {name: kind(frame, size) for name, frame in frames.items()}
 
 
@@ -1813,7 +1813,7 @@ def memory_plan(model, config, *, processes=1, half=None):
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         static['gradients'] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        optimiser = torch.optim.AdamW(param_groups(model, config))
+        optimiser = torch.optim.AdamW(param_groups(model, config), fused=True)
         optimiser.step()
         static['optimiser'] = [value for state in optimiser.state.values() for value in state.values()]
         sizes = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors) for name, tensors in static.items()}
@@ -2293,9 +2293,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
                          f'give it a frame, or Photos of that size.')
     paths = np.array(photos.paths, str)
     if cache:
-        numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
-        spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
-        key = state_digest(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
+        key = vectors_digest(model)
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as kept:
             if str(kept['digest']) == key and np.array_equal(kept['paths'], paths):
                 return kept['vectors']
@@ -2320,6 +2318,13 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, desc='embedd
     if processes > 1:
         PartialState().wait_for_everyone()
     return vectors
+
+
+def vectors_digest(model):
+    """SHA-256 of all of an Embedder that its vectors depend on."""
+    numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
+    spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
+    return state_digest(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
 def keep_vectors(path, vectors, paths, digest):
@@ -2828,19 +2833,32 @@ def _linked_folder(name, files):
     return folder
 
 
-def scorer(run, frames):
-    """state -> mP@5 on the selection objects, for states of this run's architecture; none is scored twice."""
-    model, known = load_run(run), {}
-    photos = keep_pixels({name: frames[name] for name in SELECTION}, model.spec.image_size)
+class StateEmbedder:
+    """Vectors and selection scores of states {name: tensor} of a run's architecture. Each photograph is read once for all of
+    them, and equal states are embedded once, as WiSE-FT's ends and a greedy soup of one ingredient often are."""
 
-    def score(state):
-        load_strictly(model, state, 'the state')
+    def __init__(self, run, frames):
+        self.model, self.frames, self.known, self.scores = load_run(run), frames, {}, {}
+        self.photos = keep_pixels({name: frame for name, frame in frames.items() if name != 'train'},
+                                  self.model.spec.image_size)
+
+    def vectors(self, state, names, folder=None):
+        """embed_all of a state: {name: float32 (n, dim)}, kept under `folder` if given."""
+        load_strictly(self.model, state, 'the state')
+        known = self.known.setdefault(state_digest(state), {})
+        if folder:
+            for name in set(names) & set(known):
+                keep_vectors(Path(folder) / f'{name}.npz', known[name], self.photos[name].paths, vectors_digest(self.model))
+        known |= embed_all(self.model, self.photos, folder, [name for name in names if name not in known])
+        return {name: known[name] for name in names}
+
+    def score(self, state):
+        """mP@5 at the state's own width on the selection objects."""
         key = state_digest(state)
-        if key not in known:
-            known[key] = selection_score(model, frames, photos)
-        return known[key]
-
-    return score
+        if key not in self.scores:
+            load_strictly(self.model, state, 'the state')
+            self.scores[key] = selection_score(self.model, self.frames, self.photos)
+        return self.scores[key]
 
 
 def base_state(run):
@@ -2871,24 +2889,24 @@ def save_soup(state, run_dir, ingredients, method, **facts):
     config.save(Path(run_dir) / 'config.json')
 
 
-def sweep_alpha(base, soup, alphas, frames):
+def some_trained(train, classes=200, each=5):
+    """Some photographs of some trained classes, of all domains alike: what is to be found again among the others."""
+    some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(classes)
+    return train[train['label'].isin(some)].groupby('label').head(each)
+
+
+def sweep_alpha(base, soup, alphas, embedder):
     """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width.
 
-    base: tensors of the pretrained tower (base_state). soup: a run's folder. seen: photographs of trained classes, each
-    searched among the others.
+    base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture,
+    whose frames['seen'] are of trained classes (some_trained), each searched among the others.
     """
-    rows = []
-    train = frames['train']
-    some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(200)  # of all domains alike
-    seen = train[train['label'].isin(some)].groupby('label').head(5)
-    model = load_run(soup)
-    names = ('query', 'index', *SELECTION)
-    photos = keep_pixels({'seen': seen} | {name: frames[name] for name in names}, model.spec.image_size)
+    frames, rows = embedder.frames, []
     for alpha in alphas:
-        load_strictly(model, interpolate_states(base, checkpoint_file(soup), alpha), soup)
-        vectors = embed_all(model, photos, names=('seen', 'query', 'index'))
-        among_others = mean_precision_at_5(vectors['seen'], seen['label'], vectors['seen'], seen['label'], exclude_self=True)
-        rows.append({'alpha': alpha, 'selection': selection_score(model, frames, photos), 'seen': among_others,
+        state = interpolate_states(base, checkpoint_file(soup), alpha)
+        vectors, seen = embedder.vectors(state, ('seen', 'query', 'index')), frames['seen']['label']
+        among_others = mean_precision_at_5(vectors['seen'], seen, vectors['seen'], seen, exclude_self=True)
+        rows.append({'alpha': alpha, 'selection': embedder.score(state), 'seen': among_others,
                      'never seen': score_table('', '', vectors, frames, dims=(None,))['mp5'].iloc[0]})
     return pd.DataFrame(rows)
 
@@ -3286,16 +3304,6 @@ def embed_all(model, frames, folder=None, names=('pca', 'query', 'index')):
     (n, dim)."""
     return launch_arrays(lambda: {name: embed(model, frames[name], desc=name, cache=folder and Path(folder) / f'{name}.npz')
                                   for name in names})
-
-
-def embed_runs(runs, frames, names):
-    """{run's name: embed_all} of runs that share an architecture; each photograph is read once for all of them."""
-    vectors, photos = {}, None
-    for run in map(Path, runs):
-        model = load_run(run)
-        photos = photos or keep_pixels({name: frames[name] for name in names}, model.spec.image_size)
-        vectors[run.name] = embed_all(model, photos, run / 'vectors', names)
-    return vectors
 
 
 def to_dim(vectors, dim=64, projection=None, split=''):

@@ -6,7 +6,6 @@ Runs the demo's notebooks into a temporary folder with a clock that knows at eac
 tower (its forward pass, and the part of every backward pass that follows the head's; an exported file counts as a tower,
 its resizing included) or one of PARTS. Without --whole 1 one ingredient of either training notebook is run instead of five.
 """
-import atexit
 import json
 import os
 import pkgutil
@@ -33,7 +32,8 @@ STARTUP = '''
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
 import demo_share
-demo_share.start_clock({file!r})
+clock = demo_share.start_clock()
+get_ipython().events.register('post_run_cell', lambda result: clock.write({file!r}))
 '''
 
 
@@ -66,6 +66,10 @@ class Clock:
     def leave(self):
         self.turn()
         self.within.pop()
+
+    def write(self, file):
+        self.turn()
+        Path(file).write_text(json.dumps(self.seconds))
 
     def __deepcopy__(self, memo):  # copied towers are watched by the same clock
         return self
@@ -118,8 +122,9 @@ class WatchedFile:
         return getattr(self.module, name)
 
 
-def start_clock(file):
-    """In a notebook's kernel, before its first cell: watches every tower of an Embedder, every exported file, and PARTS."""
+def start_clock():
+    """In a notebook's kernel, before its first cell: a Clock that watches every tower of an Embedder, every exported file,
+    and PARTS."""
     clock, init, load, backward = Clock(), utilities.Embedder.__init__, torch.jit.load, Accelerator.backward
 
     def watched_init(self, tower, *arguments, **options):
@@ -139,7 +144,7 @@ def start_clock(file):
             owner, _, attribute = name.rpartition('.')
             owner = pkgutil.resolve_name(owner)
             setattr(owner, attribute, clock.watched(getattr(owner, attribute), part))
-    atexit.register(lambda: clock.turn() or Path(file).write_text(json.dumps(clock.seconds)))
+    return clock
 
 
 def timed_notebook(name, output, parameters, profile):

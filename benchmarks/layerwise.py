@@ -59,7 +59,7 @@ if __name__ == '__main__':
     for tower, runs in found.items():
         frames = utilities.load_data(**demo.sources(), config=utilities.Config.load(runs[0] / 'config.json'))
         states = [dict(utilities.open_checkpoint(run)) for run in runs]
-        model, score = utilities.load_run(runs[0]), utilities.scorer(runs[0], frames)
+        model, score = utilities.load_run(runs[0]), utilities.StateEmbedder(runs[0], frames).score
         weights, _ = search(states, score, arguments.sweeps)
         for name, state in (('uniform', utilities.average_states(runs)), ('layer-wise', mix(states, weights))):
             utilities.load_strictly(model, state, name)

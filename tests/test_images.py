@@ -657,8 +657,8 @@ def test_kept_photographs_are_those_that_are_read_and_each_is_read_once(frame, w
     assert kept['some'].unreadable == [frame['path'][3]] and again['unreadable'].nonzero().tolist() == [[3]]
 
 
-def test_photographs_are_kept_only_where_they_take_less_than_half_of_the_memory(frame, monkeypatch):
-    for free, kind in ((2 * 24 * 3 * 64, utilities.Photos), (2 * 24 * 3 * 64 + 2, utilities.KeptPhotos)):
+def test_photographs_are_kept_only_where_they_take_less_than_a_quarter_of_the_memory(frame, monkeypatch):
+    for free, kind in ((4 * 24 * 3 * 64, utilities.Photos), (4 * 24 * 3 * 64 + 4, utilities.KeptPhotos)):
         monkeypatch.setattr(utilities.psutil, 'virtual_memory', lambda: SimpleNamespace(available=free))  # noqa: B023
         assert type(utilities.keep_pixels({'one': frame.head(20), 'two': frame.tail(4)}, 8)['one']) is kind
 

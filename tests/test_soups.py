@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -513,38 +514,53 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     pretrained = new_model().tower.state_dict()
     assert_same(dict(sorted(base.items())), {f'tower.{name}': pretrained[name] for name in sorted(pretrained)})
     frames = {'train': train, 'query': train[half], 'index': train[~half]}
-    frames |= {'selection_query': train[~half], 'selection_index': train[half]}
-    curve = utilities.sweep_alpha(base, tmp_path / 'soup', [0, 1], frames)
-    parts = frames | {'seen': train.groupby('label').head(5)}
+    frames |= {'selection_query': train[~half], 'selection_index': train[half], 'seen': utilities.some_trained(train)}
+    assert frames['seen'].equals(train.groupby('label').head(5))
+    embedder = utilities.StateEmbedder(tmp_path / 'soup', frames)
+    curve = utilities.sweep_alpha(base, tmp_path / 'soup', [0, 1], embedder)
     for row, tower in zip(curve.itertuples(index=False), (pretrained, model.tower.state_dict()), strict=True):
         end = new_model()
         end.tower.load_state_dict(tower)
-        vectors = {name: utilities.embed(end, frame) for name, frame in parts.items()}
-        scores = [utilities.mean_precision_at_5(vectors[query], parts[query]['label'], vectors[index], parts[index]['label'],
-                                                query == index)
+        vectors = {name: utilities.embed(end, frame) for name, frame in frames.items()}
+        scores = [utilities.mean_precision_at_5(vectors[query], frames[query]['label'],
+                                                vectors[index], frames[index]['label'], query == index)
                   for query, index in (('selection_query', 'selection_index'), ('seen', 'seen'), ('query', 'index'))]
         assert list(row[1:]) == pytest.approx(scores, abs=1e-6)
     assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
-    score = utilities.scorer(tmp_path / 'soup', frames)
-    assert score(model.state_dict()) == pytest.approx(curve['selection'].iloc[1])
     monkeypatch.setattr(utilities, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
-    assert score(model.state_dict()) > 0 and score(new_model().state_dict()) == 0
+    assert embedder.score(model.state_dict()) == curve['selection'].iloc[1] > 0
+    assert embedder.score(new_model(CONFIG.override(head_seed=9)).state_dict()) == 0
 
 
-def test_runs_of_one_tower_are_embedded_each_by_itself_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
+def test_some_trained_photographs_are_of_all_domains_alike():
+    train = pd.DataFrame({'label': np.repeat([f'{i:03}' for i in range(100)], 3)})
+    some = utilities.some_trained(train, classes=20, each=2)
+    assert len(some) == 40 and some['label'].nunique() == 20 and some.equals(train.loc[some.index])
+    assert 5 <= (some.drop_duplicates('label')['label'] < '050').sum() <= 15
+
+
+def test_states_of_one_tower_are_embedded_once_each_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
     runs, frames, read, reads = [], {'pca': train, 'query': train[::3]}, utilities.read_pixels, []
     for seed in (3, 4):
         model = new_model(CONFIG.override(head_seed=seed))
         runs.append(tmp_path / f'run{seed}')
         utilities.save_run(runs[-1], model, CONFIG)
     monkeypatch.setattr(utilities, 'read_pixels', lambda *arguments: reads.append(arguments) or read(*arguments))
-    vectors = utilities.embed_runs(runs, frames, ('pca', 'query'))
-    assert list(vectors) == ['run3', 'run4'] and len(reads) == len(train) + len(train[::3])
-    for run in runs:
+    embedder, passes = utilities.StateEmbedder(runs[0], frames), []
+    embedder.model.register_forward_hook(lambda *arguments: passes.append(1))
+    states = [utilities.open_checkpoint(run) for run in runs]
+    assert list(embedder.vectors(states[0], ['query'])) == ['query']
+    vectors = [embedder.vectors(state, ('pca', 'query'), run / 'vectors') for state, run in zip(states, runs)]
+    batches = sum(-(-len(frame) // 64) for frame in frames.values())
+    assert len(reads) == len(train) + len(train[::3]) and len(passes) == 2 * batches
+    for run, of_run in zip(runs, vectors):
         for part, frame in frames.items():
-            assert np.array_equal(vectors[run.name][part], utilities.embed(utilities.load_run(run), frame))
-            assert (run / 'vectors' / f'{part}.npz').exists()
-    assert not np.allclose(vectors['run3']['pca'], vectors['run4']['pca'], atol=1e-3)
+            assert np.array_equal(of_run[part], utilities.embed(utilities.load_run(run), frame))
+            monkeypatch.setattr(utilities.Embedder, 'forward', None)  # the files are those that embed finds again
+            kept = utilities.embed(utilities.load_run(run), frame, cache=run / 'vectors' / f'{part}.npz')
+            monkeypatch.undo()
+            assert np.array_equal(kept, of_run[part])
+    assert not np.allclose(vectors[0]['pca'], vectors[1]['pca'], atol=1e-3)
 
 
 def test_runs_with_overlapping_patches_are_compared_with_their_pretrained_tower(train, tmp_path):
