@@ -3098,7 +3098,10 @@ def text_vectors(encode, names, templates=TEMPLATES):
 # in: query and index vectors (q, d), (n, d) and their labels
 # out: the k nearest index rows of each query, and the competition's score of them
 
-GROUP = 32  # index rows that the first pass of a search judges by the best of them
+def group_size(n, d):
+    """Rows of an index (n, d) that the first pass of a search judges by the best of them. Large groups make that pass fast,
+    small ones the second, which computes the true distances to all rows of the best groups: measured."""
+    return 2 ** int(np.clip(round(math.log2(n / (2 * d)) / 2), 2, 5))
 
 
 @torch.no_grad()
@@ -3124,16 +3127,17 @@ def nearest_neighbours(query, index, k, *, exclude=None, chunk=32_768, device=No
     if exclude.shape != (len(query),):
         raise ValueError(f'exclude has shape {tuple(exclude.shape)}: give one index row for each query')
     query = _rows(query, slice(0, None), 'query')
-    chunk, device = -(-chunk // GROUP) * GROUP, torch.device(device or query.device)
-    found = [_search(some, index, k, excluded, chunk, device)
-             for some, excluded in zip(query.split(8192), exclude.split(8192))]
+    group, device = group_size(*index.shape), torch.device(device or query.device)
+    chunk, some = -(-chunk // group) * group, 256 * group  # as many queries as have scores of the same size for any group
+    found = [_search(queries, index, k, excluded, chunk, group, device)
+             for queries, excluded in zip(query.split(some), exclude.split(some))]
     distances, indices = (torch.cat(parts).numpy() for parts in zip(*found))
     return distances.astype(np.float32), indices
 
 
-def _search(query, index, k, exclude, chunk, device):
+def _search(query, index, k, exclude, chunk, group, device):
     """A shortlist from matrix products, then true distances in float64 on the CPU, alike for all devices."""
-    groups, needed = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, device)
+    groups, needed = _shortlist(query, index, k + int((exclude >= 0).any()), chunk, group, device)
     query = query.cpu().double()
     distances, indices = query.new_empty(len(query), k), exclude.new_empty(len(query), k)
     enough = needed < groups.shape[1]
@@ -3141,8 +3145,8 @@ def _search(query, index, k, exclude, chunk, device):
         if len(some):
             distances[some], indices[some] = _scan(query[some], index, k, exclude[some], chunk)
     for many in needed[enough].unique().tolist():
-        for some in (needed == many).nonzero()[:, 0].split(max(1, 2**20 // (many * GROUP * query.shape[1]))):
-            at = (groups[some, :many].sort(1).values[..., None] * GROUP + torch.arange(GROUP)).flatten(1)
+        for some in (needed == many).nonzero()[:, 0].split(max(1, 2**20 // (many * group * query.shape[1]))):
+            at = (groups[some, :many].sort(1).values[..., None] * group + torch.arange(group)).flatten(1)
             vectors = _rows(index, at.clamp(max=len(index) - 1).flatten().numpy()).cpu().double()
             apart = _euclidean(query[some, None], vectors.view(*at.shape, query.shape[1]))[:, 0]
             apart[(at >= len(index)) | (at == exclude[some, None])] = torch.inf
@@ -3150,7 +3154,7 @@ def _search(query, index, k, exclude, chunk, device):
     return distances, indices
 
 
-def _shortlist(query, index, wanted, chunk, device):
+def _shortlist(query, index, wanted, chunk, group, device):
     """The `wanted` + 3 best groups of index rows for each query, and how many of them are needed: all may not be enough.
 
     A row's score q·x - |x|²/2 grows as its distance falls; a group scores as its best row. Rounding moves a
@@ -3162,34 +3166,34 @@ def _shortlist(query, index, wanted, chunk, device):
     query, width, largest = (query.to(device) - center).to(dtype), wanted + 3, 0.0
     best = query.new_full((len(query), width), -torch.inf)
     groups = torch.full_like(best, len(index), dtype=torch.int64)  # beyond the last row: none yet
-    scores = query.new_empty(len(query), width + -(-min(chunk, len(index)) // GROUP))
+    scores = query.new_empty(len(query), width + -(-min(chunk, len(index)) // group))
     for start in range(0, len(index), chunk):
         x = (_rows(index, slice(start, start + chunk), 'index').to(device) - center).to(dtype)
         half = x.square().sum(1) / 2
         largest = max(largest, float(half.max()))
-        scores = scores[:, :width + -(-len(x) // GROUP)]
+        scores = scores[:, :width + -(-len(x) // group)]
         scores[:, :width] = best
-        _group_scores(query, x, half, out=scores[:, width:])
+        _group_scores(query, x, half, group, out=scores[:, width:])
         best, place = scores.topk(width)
         known = groups.gather(1, place.clamp(max=width - 1))
-        groups = torch.where(place < width, known, place - width + start // GROUP)
+        groups = torch.where(place < width, known, place - width + start // group)
     bound = query.norm(dim=1) * (2 * largest) ** 0.5 + 2 * largest  # of the terms in a score
     slack = bound * (query.shape[1] + 16) * torch.finfo(dtype).eps
     near = (best >= (best[:, wanted - 1] - slack)[:, None]) & (best > -torch.inf)
     return groups.cpu(), near.sum(1).cpu()
 
 
-def _group_scores(query, x, half, out):
-    """The best q·x - half in each group of rows of x, into out (q, n / GROUP), in tiles that fit a cache."""
-    missing = -len(x) % GROUP
+def _group_scores(query, x, half, group, out):
+    """The best q·x - half in each group of rows of x, into out (q, n / group), in tiles that fit a cache."""
+    missing = -len(x) % group
     x, half = F.pad(x, (0, 0, 0, missing)), F.pad(half, (0, missing), value=torch.inf)
     tile_q, tile_x = (512, 2048) if x.device.type == 'cpu' else (4096, 16_384)
     buffer = x.new_empty(tile_q * tile_x)
     for q, out_q in zip(query.split(tile_q), out.split(tile_q)):
-        for rows, bias, best in zip(x.split(tile_x), half.split(tile_x), out_q.split(tile_x // GROUP, 1)):
+        for rows, bias, best in zip(x.split(tile_x), half.split(tile_x), out_q.split(tile_x // group, 1)):
             scores = buffer[:len(rows) * len(q)].view(len(rows), len(q))
             torch.addmm(-bias[:, None], rows, q.T, out=scores)
-            best.copy_(scores.view(-1, GROUP, len(q)).amax(1).T.contiguous())  # torch transposes faster than it scatters
+            best.copy_(scores.view(-1, group, len(q)).amax(1).T.contiguous())  # torch transposes faster than it scatters
 
 
 def _scan(query, index, k, exclude, chunk):

@@ -34,27 +34,45 @@ def assert_neighbours(query, index, k, **options):
     np.testing.assert_allclose(distances, expected, rtol=1e-6, atol=1e-7)
 
 
+GROUP = 32  # the largest
+
+
+@pytest.fixture(params=['for the shapes', GROUP])
+def groups(request, monkeypatch):
+    """Small indexes are searched in small groups; the largest must give the same."""
+    if request.param == GROUP:
+        monkeypatch.setattr(utilities, 'group_size', lambda n, d: GROUP)
+
+
+def test_groups_are_large_for_large_indexes_and_small_for_wide_ones():
+    sizes = {(200_000, 64): 32, (20_000, 64): 16, (1500, 64): 4, (200_000, 1024): 8, (1500, 1024): 4, (1, 1): 4}
+    assert {shape: utilities.group_size(*shape) for shape in sizes} == sizes
+
+
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize('near', [6, 7, 8, 300])  # groups: more than k, and more than a shortlist holds
+@pytest.mark.usefixtures('groups')
 def test_distances_that_float32_cannot_tell_apart_are_sorted_as_float64_does(near):
     query = normal(3, 1, 64)
     query = np.concatenate([query, -query])  # their mean is 0, so that a score is a small difference of large terms
     for seed in range(20):
-        index = normal(seed, near * utilities.GROUP, 64) * 5
-        index[::utilities.GROUP] = query[0] + utilities.l2_normalise(normal(seed + 100, near, 64))  # one in each group
+        index = normal(seed, near * GROUP, 64) * 5
+        index[::GROUP] = query[0] + utilities.l2_normalise(normal(seed + 100, near, 64))  # one in each group
         assert_neighbours(query, index, 5)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1, 1), (7, 40, 3, 40), (300, 2500, 64, 5), (5, 700, 63, 33)])
+@pytest.mark.usefixtures('groups')
 def test_neighbours_are_those_of_float64_brute_force(shape):
     q, n, d, k = shape
     assert_neighbours(normal(0, q, d), normal(1, n, d), k)
 
 
 @pytest.mark.parametrize('seed', range(12))
+@pytest.mark.usefixtures('groups')
 def test_ties_go_to_the_smaller_index_across_chunks_and_the_kth_place(seed):
     rng = np.random.default_rng(seed)
     n, d, k = rng.integers(50, 900), rng.integers(1, 70), rng.integers(1, 40)
@@ -64,6 +82,7 @@ def test_ties_go_to_the_smaller_index_across_chunks_and_the_kth_place(seed):
     assert_neighbours(query, index, k, chunk=int(rng.integers(1, 400)))
 
 
+@pytest.mark.usefixtures('groups')
 def test_an_index_of_one_repeated_vector_gives_the_first_rows():
     index = np.tile(normal(0, 1, 64), (5000, 1))
     distances, indices = nearest_neighbours(normal(1, 70, 64), index, 9, chunk=1024)
@@ -71,6 +90,7 @@ def test_an_index_of_one_repeated_vector_gives_the_first_rows():
     assert (distances == distances[:, :1]).all()
 
 
+@pytest.mark.usefixtures('groups')
 def test_the_plain_scan_is_only_for_queries_with_too_many_near_ties(monkeypatch):
     scanned = []
     scan = utilities._scan
@@ -83,17 +103,20 @@ def test_the_plain_scan_is_only_for_queries_with_too_many_near_ties(monkeypatch)
     assert scanned == [1]
 
 
+@pytest.mark.usefixtures('groups')
 def test_vectors_far_from_the_origin_and_close_together_are_told_apart():
     """In float32 all scores of such vectors are the same number."""
     offset = 1000 * normal(0, 1, 64)
     assert_neighbours(normal(1, 20, 64) / 50 + offset, normal(2, 2000, 64) / 50 + offset, 5)
 
 
+@pytest.mark.usefixtures('groups')
 def test_rows_of_very_different_length_do_not_hide_each_other():
     index = normal(0, 1500, 16) * np.float32(10) ** np.random.default_rng(1).integers(-4, 5, (1500, 1))
     assert_neighbours(normal(2, 40, 16), index, 6)
 
 
+@pytest.mark.usefixtures('groups')
 def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     vectors = np.repeat(normal(0, 60, 8), 3, axis=0)
     assert_neighbours(vectors, vectors, 4, exclude=np.arange(180))
@@ -102,17 +125,19 @@ def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     assert found[:, 0].tolist() == [1, 0]
 
 
+@pytest.mark.usefixtures('groups')
 def test_ties_behind_an_excluded_row_go_to_the_smaller_index():
     """The excluded row takes a place in the shortlist; more groups than are left there are equally far."""
     query = normal(0, 1, 64)
     index = np.concatenate([query + 1, normal(1, 3000, 64) + 5, query])
-    index[utilities.GROUP:3000:utilities.GROUP + 1] = query + 1
+    index[GROUP:3000:GROUP + 1] = query + 1
     _, found = nearest_neighbours(query, index, 1, exclude=[3001])
     assert found.tolist() == [[0]]
     for k in (1, 2, 5):
         assert_neighbours(query, index, k, exclude=[3001])
 
 
+@pytest.mark.usefixtures('groups')
 def test_more_queries_than_are_searched_at_once_keep_their_own_rows():
     query, index = normal(0, 8200, 4), normal(1, 50, 4)
     exclude = np.arange(8200) % 50
@@ -137,7 +162,7 @@ def test_a_memory_map_is_never_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(utilities, '_rows', lambda *a: (read.append(len(part := rows(*a))), part)[1])
     index = np.load(tmp_path / 'index.npy', mmap_mode='r')
     assert_neighbours(normal(1, 10, 8), index, 3, chunk=640)
-    assert max(read) <= 10 * 6 * utilities.GROUP  # the shortlists of all ten queries, else a chunk
+    assert max(read) <= 10 * 6 * GROUP  # the shortlists of all ten queries, else a chunk
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
