@@ -80,15 +80,15 @@ def errors(paths):
     return {'plain': far_plain, 'exact': far_exact}
 
 
-def in_process(options, kind, paths):
-    """Run one kind of work in a fresh process."""
-    child = timing.Child(options, kind)
-    answer = child.ask(' '.join(paths))
+def in_process(options, kinds, paths):
+    """The answers to some kinds of work, one after the other in a fresh process."""
+    child = timing.Child(options, 'any')
+    answers = [child.ask(' '.join([kind, *paths])) for kind in kinds]
     child.close()
-    return answer
+    return answers
 
 
-def work(kind, paths):
+def work(kind, *paths):
     """In a child process: seconds and peak memory, or the errors of the result."""
     if kind == 'errors':
         return errors(paths)
@@ -114,7 +114,7 @@ def main():
     options = timing.arguments(__doc__, repeats=2, scale=(float, 1., 'share of the 24 blocks'),
                                count=(int, 5, 'checkpoints in the soup'))
     if options.work:
-        return timing.answer(lambda question: work(options.work, question.split()))
+        return timing.answer(lambda question: work(*question.split()))
     blocks = 1 if options.quick else max(1, round(24 * options.scale))
     with tempfile.TemporaryDirectory() as folder:
         paths = [f'{folder}/{i}.pt' for i in range(options.count)]
@@ -122,9 +122,12 @@ def main():
             torch.save(vit_l_state(i, blocks, width=64 if options.quick else 1024), path)
         runs = {kind: [] for kind in (*WORKS, 'soup')}
         for turn in range(options.repeats):
-            for kind in runs if turn == 0 else runs.keys() - {'plain'}:
-                runs[kind].append(in_process(options, kind, paths))
-        apart = in_process(options, 'errors', paths)
+            for kind in WORKS if turn == 0 else ('reading', 'moving'):
+                runs[kind] += in_process(options, [kind], paths)
+            if turn < options.repeats - 1:
+                runs['soup'] += in_process(options, ['soup'], paths)
+        *last, apart = in_process(options, ['soup', 'errors'], paths)
+        runs['soup'] += last
         gigabytes = sum(map(os.path.getsize, paths)) / 1e9
     timing.close(apart['plain'], 0, 1e-8, 'Soup against the plain mean')
     timing.close(apart['exact'], 0, 0, 'Soup against the float64 mean, rounded')

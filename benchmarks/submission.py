@@ -18,7 +18,7 @@ import timing  # noqa: E402
 
 import utilities  # noqa: E402
 
-TOWERS = {'miniature': ('local-dir:media/miniature', 'miniature', 100, 1e-5), 'ViT-B/16': ('ViT-B-16', 'random', 4, 1e-4)}
+TOWERS = {'miniature': ('local-dir:media/miniature', 'miniature', 100, 1e-5), 'ViT-B/16': ('ViT-B-16', 'random', 2, 1e-4)}
 
 
 def eager(clip, projection):

@@ -64,7 +64,8 @@ def test_the_training_notebooks_differ_only_in_configuration_and_prose():
 
 def run(name, folder, **parameters):
     output = folder / f'{name}.ipynb'
-    papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', progress_bar=False)
+    papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', progress_bar=False,
+                               shutdown_kernel='immediate')
     return nbformat.read(output, 4)
 
 
