@@ -2846,19 +2846,20 @@ class StateEmbedder:
 
     def vectors(self, state, names, folder=None):
         """embed_all of a state: {name: float32 (n, dim)}, kept under `folder` if given."""
-        load_strictly(self.model, state, 'the state')
+        load_strictly(self.model, state, getattr(state, 'path', 'the state'))
         known = self.known.setdefault(state_digest(state), {})
         if folder:
             for name in set(names) & set(known):
                 keep_vectors(Path(folder) / f'{name}.npz', known[name], self.photos[name].paths, vectors_digest(self.model))
-        known |= embed_all(self.model, self.photos, folder, [name for name in names if name not in known])
+        if missing := [name for name in names if name not in known]:
+            known |= embed_all(self.model, self.photos, folder, missing)
         return {name: known[name] for name in names}
 
     def score(self, state):
         """mP@5 at the state's own width on the selection objects."""
         key = state_digest(state)
         if key not in self.scores:
-            load_strictly(self.model, state, 'the state')
+            load_strictly(self.model, state, getattr(state, 'path', 'the state'))
             self.scores[key] = selection_score(self.model, self.frames, self.photos)
         return self.scores[key]
 
