@@ -663,8 +663,11 @@ def _shift_scale_rotate(image, shift, scale, angle, border):
     return Image.fromarray(cv2.warpAffine(np.asarray(image), matrix, image.size, borderMode=border))
 
 
-def _sharpen(image):  # the kernel of albumentations' Sharpen, whose alpha is .2….5; torchvision divides by 13
-    return v2.functional.adjust_sharpness(image, 1 + 13 * _uniform(.2, .5))
+def _sharpen(image):
+    """albumentations' Sharpen of lightness 1: each pixel moves away from its eight neighbours."""
+    kernel = np.full((3, 3), -_uniform(.2, .5))
+    kernel[1, 1] = 1 - kernel[0, 0] * 8
+    return Image.fromarray(cv2.filter2D(np.asarray(image), -1, kernel))
 
 
 def _clahe(image):

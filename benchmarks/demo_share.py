@@ -32,6 +32,7 @@ STARTUP = '''
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
 import demo_share
+demo_share.demo.RUNS = demo_share.Path({runs!r})
 clock = demo_share.start_clock()
 get_ipython().events.register('post_run_cell', lambda result: clock.write({file!r}))
 '''
@@ -147,13 +148,13 @@ def start_clock():
     return clock
 
 
-def timed_notebook(name, output, parameters, profile):
+def timed_notebook(name, output, parameters, runs, profile):
     """Seconds of one notebook by part; what is over before the clock starts, and after its kernel, is 'kernel, imports'."""
     file = profile / 'seconds.json'
     startup = profile / 'profile_default/startup/clock.py'
     startup.parent.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).resolve().parent
-    startup.write_text(STARTUP.format(root=str(here.parent), here=str(here), file=str(file)))
+    startup.write_text(STARTUP.format(root=str(here.parent), here=str(here), runs=str(runs), file=str(file)))
     os.environ['IPYTHONDIR'] = str(profile)
     start = time.perf_counter()
     with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
@@ -176,7 +177,7 @@ def plan(options, folder):
         return [('train_vit_h_224', folder / 'one', {'DEMO': True, 'OUT_DIR': str(folder), **parts, 'SELECTION': [
             str(world / f'selection_{name}.csv') for name in ('query', 'index')], 'OVERRIDES': {
                 'image_size': 32, 'n_classes': 20, 'epochs': 1, 'min_images': 2}})]
-    demo.make_world(folder / 'world')  # as the demo's first act; the notebooks find theirs under runs/demo
+    demo.make_world(folder / 'world')  # as the demo's first act
     ingredients = demo.INGREDIENTS if options.whole else [demo.INGREDIENTS[0], demo.INGREDIENTS[-1]]
     shared = {'DEMO': True, 'OUT_DIR': str(folder)}
     return [(name, folder / demo.run_name(name, augmentation), {**shared, 'AUGMENTATION': augmentation})
@@ -191,10 +192,8 @@ def main():
         start = time.perf_counter()
         notebooks = plan(options, folder / 'demo')
         parts = Counter({'photographs': time.perf_counter() - start})
-        if not options.quick:
-            demo.make_world(demo.RUNS / 'world')
         for name, output, parameters in notebooks:
-            of_one = timed_notebook(name, output / f'{name}.ipynb', parameters, folder / 'profile')
+            of_one = timed_notebook(name, output / f'{name}.ipynb', parameters, folder / 'demo', folder / 'profile')
             parts += of_one
             print(f'{name}: {of_one.total():.0f} s; {in_words(of_one)}', flush=True)
     others = Counter({part: seconds for part, seconds in parts.items() if part != 'towers'})

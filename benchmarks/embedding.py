@@ -54,7 +54,7 @@ def quietly(model, frame):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=5, size=(int, 64, 'pixels of the tower'))
+    options = timing.arguments(__doc__, repeats=3, size=(int, 64, 'pixels of the tower'))
     part = 8 if options.quick else 250
     clip = utilities.load_open_clip('local-dir:media/miniature', '', options.size).eval()
     tower = utilities.load_image_tower('local-dir:media/miniature', '', options.size)

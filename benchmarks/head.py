@@ -23,7 +23,7 @@ MARGIN = .3  # radians; theirs knows one for all classes
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=9)
+    options = timing.arguments(__doc__, repeats=5)
     n_classes, batch, dim = (50 if options.quick else 20_000), 32, 512
     head = utilities.SubcenterHead(dim, n_classes, dim=dim)
     theirs = SubCenterArcFaceLoss(num_classes=n_classes, embedding_size=dim, margin=math.degrees(MARGIN), scale=30,

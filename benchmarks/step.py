@@ -145,12 +145,13 @@ def compare(tower):
 
 
 def work(tower, kind):
-    """In a child process: a step of as many batches as each question says."""
+    """In a child process: a step of as many batches as each question says; of '0' one image, for what a first step makes."""
     warnings.simplefilter('ignore')
     _, batches, _, step = build(tower, kind)
+    image = {name: values[:1] for name, values in batches[0].items()}
 
     def one(count):
-        result, loss = timing.measured(lambda: step(batches[:int(count)]))
+        result, loss = timing.measured(lambda: step(batches[:int(count)] or [image]))
         return result | {'loss': loss}
     timing.answer(one)
 
@@ -162,7 +163,7 @@ def rows_for(tower, options):
     repeats = options.repeats * (15 if small and not options.quick else 1)  # short steps scatter more
     for turn in range(repeats + 1):
         for kind, child in children.items():  # the first turn makes the optimiser's state
-            runs[kind].append(child.ask(str((2 if kind == 'checkpointed' else BATCHES) if turn else 1)))
+            runs[kind].append(child.ask(str((2 if kind == 'checkpointed' else BATCHES) if turn else 0)))
     for child in children.values():
         child.close()
     seconds = {kind: median(run['seconds'] for run in of_kind[1:]) for kind, of_kind in runs.items()}

@@ -432,6 +432,21 @@ def test_sharpening_adds_detail_and_clahe_adds_contrast_and_both_keep_flat_areas
     assert np.asarray(utilities._clahe(faint).convert('L')).std() > 1.2 * np.asarray(faint.convert('L')).std()
 
 
+def test_sharpening_is_the_kernel_of_albumentations(monkeypatch):
+    """https://albumentations.ai, Sharpen: (1 - alpha) · identity + alpha · [-1 around, 8 + lightness]; lightness 1."""
+    monkeypatch.setattr(utilities, '_uniform', lambda low, high: (low + high) / 2)
+    pixels = picture(SIDE, SIDE).astype(float)
+    kernel = 0.65 * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]]) + 0.35 * np.array(
+        [[-1, -1, -1], [-1, 9, -1], [-1, -1, -1]]
+    )
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode='reflect')
+    expected = sum(
+        kernel[i, j] * padded[i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)
+    )
+    found = np.asarray(utilities._sharpen(COLOURS)).astype(float)
+    assert np.abs(found - expected.clip(0, 255)).max() <= 0.51
+
+
 def test_hue_turns_within_its_limit_and_leaves_grey_alone():
     grey, red = Image.new('RGB', (4, 4), (99, 99, 99)), Image.new('RGB', (4, 4), (200, 0, 0))
     assert difference(utilities._turn_hue(grey, 0.2), grey) == 0
