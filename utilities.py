@@ -1672,12 +1672,12 @@ def fit(config, model, train, run_dir, validate=None, *, search=('/kaggle/input'
                                  rank=accelerator.process_index, processes=accelerator.num_processes,
                                  workers=config.workers)
                 for batches_of_step in grouped(batches, accumulate):
-                    loss = optimiser_step(accelerator, wrapped, optimiser, batches_of_step,
-                                          margins + config.margin_growth * progress.epoch, config, teacher)
-                    if math.isnan(loss):
-                        note_skipped(accelerator, run_dir, batches_of_step, photos, progress, config)
-                    elif not optimiser.step_was_skipped:  # fp16's scaler skips a step that overflowed
+                    loss, moved = optimiser_step(accelerator, wrapped, optimiser, batches_of_step,
+                                                 margins + config.margin_growth * progress.epoch, config, teacher)
+                    if moved:
                         schedule.step()
+                    elif math.isnan(loss):
+                        note_skipped(accelerator, run_dir, batches_of_step, photos, progress, config)
                     progress.step, progress.used = progress.step + 1, progress.used + images
                     if len(train) - progress.used < images:
                         progress.epoch, progress.used = progress.epoch + 1, 0
@@ -2011,8 +2011,11 @@ def grouped(batches, size):
 
 
 def optimiser_step(accelerator, model, optimiser, batches, margins, config, teacher=None):
-    """One optimiser step over several batches; returns their mean loss, NaN where it or the gradient was not finite: the
-    weights are then as they were."""
+    """One optimiser step over several batches: (mean loss, whether the weights moved).
+
+    They stay where loss or gradient are not finite; the loss is then NaN, but for what fp16's scaler mends by itself: a
+    gradient too large for the present scale, which it halves.
+    """
     total = 0.0
     for number, batch in enumerate(batches, start=1):
         last = number == len(batches)
@@ -2026,17 +2029,17 @@ def optimiser_step(accelerator, model, optimiser, batches, margins, config, teac
                 loss = loss + config.distil * relation_loss(embedding, teacher[batch['index']].to(accelerator.device))
             accelerator.backward(loss / len(batches))
         total += loss.detach() / len(batches)
-    total = accelerator.reduce(total, 'mean').item()
-    finite = math.isfinite(total)
-    if finite:
+    total, scaler = accelerator.reduce(total, 'mean').item(), accelerator.scaler
+    moved = rescaled = False
+    if math.isfinite(total):
         accelerator.unscale_gradients(optimiser)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        norm = norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of a sharded model
-        finite = accelerator.scaler is not None or bool(torch.isfinite(norm))  # the scaler leaves such steps out itself
-    if finite:
-        optimiser.step()
+        moved = math.isfinite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)  # the former: of a sharded model
+        rescaled = not moved and scaler is not None and scaler.get_scale() > 1
+        if moved or scaler is not None:  # which leaves the weights where it found such a gradient, and lowers its scale
+            optimiser.step()
     optimiser.zero_grad()
-    return total if finite else math.nan
+    return total if moved or rescaled else math.nan, moved
 
 
 class RunLog:

@@ -1,6 +1,7 @@
 """Several processes as one, and the plan of memory: what a GPU will do, proven on CPU with gloo and fake tensors."""
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -162,12 +163,84 @@ def test_a_gpu_without_kernels_is_one_sentence(monkeypatch):
         utilities.best_device()
 
 
-def test_a_step_that_the_scaler_skips_leaves_the_learning_rate_where_it_was(train, tmp_path, monkeypatch):
-    skipped = iter([False, True, False, False])
-    monkeypatch.setattr(utilities.AcceleratedOptimizer, 'step_was_skipped', property(lambda self: next(skipped)))
-    utilities.fit(CONFIG.override(epochs=1, warmup_steps=100), new_model(), train, tmp_path / 'run')
-    lr = pd.read_csv(tmp_path / 'run/log.csv')['lr']
-    assert lr[0] == lr[1] < lr[2]  # of the log: the rate that the next step takes
+# fp16, the precision of a T4: the same autocast, scaler and fused optimiser, on CPU
+
+class HalfOnCPU(utilities.Accelerator):
+    scale = 2. ** 17  # of the loss, at first; the gradients of these tests overflow down to about 2 ** 15
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.native_amp, self.scaler = True, torch.amp.GradScaler('cpu', init_scale=self.scale)
+
+
+HALF = SAVING.override(epochs=2, precision='fp16', checkpoint_activations=True)
+
+
+def _local(parameter):
+    return (parameter.to_local() if hasattr(parameter, 'to_local') else parameter).detach()
+
+
+def _watched_in_half(config, model, train, run):
+    """fit in fp16 that writes of every step: whether the weights moved, whether it says so, the scale."""
+    utilities.Accelerator, step, seen = HalfOnCPU, utilities.optimiser_step, []
+
+    def watched(accelerator, wrapped, *rest):
+        before = [_local(parameter).clone() for parameter in model.parameters()]
+        loss, moved = step(accelerator, wrapped, *rest)
+        equal = all(torch.equal(old, _local(new)) for old, new in zip(before, model.parameters()))
+        seen.append({'loss': loss, 'moved': not equal, 'says': moved, 'scale': accelerator.scaler.get_scale()})
+        return loss, moved
+
+    utilities.optimiser_step = watched
+    utilities.fit(config, model, train, run)
+    pd.DataFrame(seen).to_csv(run / f'seen{utilities.own_share()[0]}.csv', index=False)
+
+
+def _train_in_half(train, folder):
+    torch.set_num_threads(1)
+    for name, changes, processes in (('two', {}, 2), ('sharded', {'shard': True}, 2), ('one', {'batch_size': 8}, 1)):
+        config = HALF.override(**{'batch_size': 4} | changes)
+        utilities.launch(_watched_in_half, config, new_model(config), train, folder / name, processes=processes)
+
+
+@pytest.fixture(scope='module')
+def halves(tiny_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('halves')
+    in_a_child(_train_in_half, utilities.read_dataset(tiny_world / 'train.csv'), folder)
+    return folder
+
+
+@pytest.mark.parametrize('name', ['one', 'two', 'sharded'])
+def test_a_gradient_too_large_for_fp16_lowers_the_scale_and_leaves_weights_and_learning_rate(halves, name):
+    seen = pd.read_csv(halves / name / 'seen0.csv')
+    assert seen['moved'].equals(seen['says']) and seen['loss'].notna().all()
+    assert 1 <= seen['moved'].argmax() <= 5 and seen['moved'].iloc[-3:].all()  # skipped until the scale fits
+    assert seen['scale'].tolist() == (2. ** (17 - (~seen['moved']).cumsum())).tolist()
+    lr = pd.read_csv(halves / name / 'log.csv')['lr']  # of the log: the rate that the next step takes
+    assert (lr.diff().iloc[1:] != 0).tolist() == seen['moved'].iloc[1:].tolist()
+    if name != 'one':
+        assert seen.equals(pd.read_csv(halves / name / 'seen1.csv'))
+
+
+def test_a_run_in_fp16_goes_on_bit_for_bit(train, tmp_path, monkeypatch, step_hook):  # noqa: F811
+    monkeypatch.setattr(utilities, 'Accelerator', HalfOnCPU)
+    utilities.fit(HALF, new_model(), train, tmp_path / 'whole')
+    step_hook(lambda step: (_ for _ in ()).throw(KeyboardInterrupt) if step == 5 else None)
+    with pytest.raises(KeyboardInterrupt):
+        utilities.fit(HALF, new_model(), train, tmp_path / 'parts')
+    monkeypatch.setattr(HalfOnCPU, 'scale', 8.)  # the state's wins
+    utilities.fit(HALF, new_model(), train, tmp_path / 'parts')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(utilities, 'Accelerator', HalfOnCPU)
+    monkeypatch.setattr(HalfOnCPU, 'scale', 4.)
+    model = new_model()
+    model.tower.conv1.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match='gradient was not finite in 2 steps'):
+        utilities.fit(HALF.override(max_skipped=1), model, train, tmp_path / 'run')
+    assert len((tmp_path / 'run/not_finite.txt').read_text().splitlines()) == 2 * 16  # scales 4 and 2 were tried before
 
 
 def test_a_gpu_that_runs_out_of_memory_is_one_sentence_and_the_last_state_stays(train, tmp_path, step_hook):  # noqa: F811
