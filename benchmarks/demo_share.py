@@ -8,7 +8,6 @@ its resizing included) or one of PARTS. Without --whole 1 one ingredient of eith
 """
 import json
 import os
-import pkgutil
 import sys
 import tempfile
 import time
@@ -20,13 +19,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from IPython.core import pylabtools
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing  # noqa: E402
 
 import demo  # noqa: E402
 import utilities  # noqa: E402
+from guie import checkpoints, embedding, files, images, resume, training  # noqa: E402
 
 STARTUP = '''
 import sys
@@ -39,14 +40,14 @@ get_ipython().events.register('post_run_cell', lambda result: clock.write({file!
 
 
 PARTS = {  # functions whose time is not the rest, beside the tower's that they call
-    'photographs': ['utilities.read_pixels', 'utilities.Photos.__getitem__', 'utilities.describe', 'utilities.load_data'],
-    'head, loss, optimiser': ['utilities.optimiser_step'],
-    'files': ['utilities.keep_state', 'utilities.keep_weights', 'utilities.keep_vectors', 'utilities.save_state',
-              'utilities.state_digest', 'utilities.load_run', 'utilities.average_states'],
-    'PCA and neighbours': ['utilities.fit_pca', 'utilities.nearest_neighbours', 'utilities.paired_bootstrap'],
-    'pictures': ['matplotlib.figure.Figure.savefig', 'IPython.core.pylabtools.print_figure'] + [
-        f'utilities.{name}' for name in vars(utilities) if name.startswith(('plot_', 'show_'))],
-    'export': ['utilities.export_submission']}
+    'images': [images.read_pixels, utilities.ImageDataset.__getitem__, utilities.Splits.table, utilities.load_data],
+    'head, loss, optimiser': [training.optimiser_step],
+    'files': [files.state_hash, checkpoints.save_state, utilities.load_run, embedding.save_vectors, resume.save_checkpoint,
+              training.save_weights, utilities.average_states],
+    'PCA and neighbours': [utilities.fit_pca, utilities.nearest_neighbours, utilities.paired_bootstrap],
+    'figures': [Figure.savefig, pylabtools.print_figure,
+                *(function for name, function in vars(utilities).items() if name.startswith(('plot_', 'show_')))],
+    'export': [utilities.export_submission]}
 
 
 class Clock:
@@ -123,10 +124,18 @@ class WatchedFile:
         return getattr(self.module, name)
 
 
+def put_in_place(function, watched):
+    """Gives the watched form to whoever calls the function by a name of its own: the rooms, the front door, its class."""
+    rooms = [module for name, module in sys.modules.items() if name.startswith('guie.')]
+    for owner in (utilities, *rooms, pylabtools, Figure, utilities.ImageDataset, utilities.Splits):
+        for name in [name for name, value in vars(owner).items() if value is function]:
+            setattr(owner, name, watched)
+
+
 def start_clock():
     """In a notebook's kernel, before its first cell: a Clock that watches every tower of an Embedder, every exported file,
     and PARTS."""
-    clock, init, load, backward = Clock(), utilities.Embedder.__init__, torch.jit.load, Accelerator.backward
+    clock, init, load, backward = Clock(), utilities.Embedder.__init__, torch.jit.load, torch.Tensor.backward
 
     def watched_init(self, tower, *arguments, **options):
         init(self, tower, *arguments, **options)
@@ -139,12 +148,10 @@ def start_clock():
         backward(self, *arguments, **options)
         clock.after_backward()
 
-    utilities.Embedder.__init__, torch.jit.load, Accelerator.backward = watched_init, watched_load, watched_backward
-    for part, names in PARTS.items():
-        for name in names:
-            owner, _, attribute = name.rpartition('.')
-            owner = pkgutil.resolve_name(owner)
-            setattr(owner, attribute, clock.watched(getattr(owner, attribute), part))
+    utilities.Embedder.__init__, torch.jit.load, torch.Tensor.backward = watched_init, watched_load, watched_backward
+    for part, functions in PARTS.items():
+        for function in functions:
+            put_in_place(function, clock.watched(function, part))
     return clock
 
 
@@ -191,7 +198,7 @@ def main():
         folder = Path(folder)
         start = time.perf_counter()
         notebooks = plan(options, folder / 'demo')
-        parts = Counter({'photographs': time.perf_counter() - start})
+        parts = Counter({'images': time.perf_counter() - start})
         for name, output, parameters in notebooks:
             of_one = timed_notebook(name, output / f'{name}.ipynb', parameters, folder / 'demo', folder / 'profile')
             parts += of_one

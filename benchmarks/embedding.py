@@ -1,11 +1,11 @@
-"""Embedding a folder of 5,000 photographs with the miniature tower, against a DataLoader with torchvision's transforms.
+"""Embedding a folder of 5,000 images with the miniature tower, against a DataLoader with torchvision's transforms.
 
     python benchmarks/embedding.py
 
 The rival is what one would write: a Dataset that opens, converts and resizes (Pillow, antialiased bicubic) to the tower's
 64 pixels, ToTensor, Normalize, a DataLoader with its default settings except for the same batches of 64, the open_clip
-tower. The folder has 50 JPEGs of 800×600 a hundred times over, in the page cache. Both embed 250 at a time, in turn.
-Checked: cosines between the vectors of both (JPEGs decoded at a reduced scale differ by up to 2/255).
+tower with its default blocks. The folder has 50 JPEGs of 800×600 a hundred times over, in the page cache. Both embed 250
+at a time, in turn. Checked: cosines between the vectors of both (JPEGs decoded at a reduced scale differ by up to 2/255).
 """
 import sys
 import tempfile
@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import large_photos  # noqa: E402
+import large_images  # noqa: E402
 import timing  # noqa: E402
 
 import utilities  # noqa: E402
 
 
-class PlainPhotos(Dataset):
+class PlainImages(Dataset):
     def __init__(self, paths, size, mean, std):
         self.paths = paths
         self.transform = transforms.Compose([
@@ -44,7 +45,7 @@ class PlainPhotos(Dataset):
 
 @torch.inference_mode()
 def plainly(clip, spec, paths):
-    batches = DataLoader(PlainPhotos(paths, spec.image_size, spec.mean, spec.std), batch_size=64)
+    batches = DataLoader(PlainImages(paths, spec.image_size, spec.mean, spec.std), batch_size=64)
     return torch.cat([F.normalize(clip.encode_image(images)) for images in batches]).numpy()
 
 
@@ -56,12 +57,12 @@ def quietly(model, frame):
 def main():
     options = timing.arguments(__doc__, repeats=3, size=(int, 64, 'pixels of the tower'))
     part = 8 if options.quick else 250
-    clip = utilities.load_open_clip('local-dir:media/miniature', '', options.size).eval()
+    clip = open_clip.create_model('local-dir:media/miniature', force_image_size=options.size).eval()
     tower = utilities.load_image_tower('local-dir:media/miniature', '', options.size)
     model = utilities.Embedder(tower).eval()
     with tempfile.TemporaryDirectory() as folder:
-        photographs, words = large_photos.large_photographs(folder, 2 if options.quick else 50, sides=(800, 600))
-        frame = pd.concat([photographs] * 100, ignore_index=True)
+        images, words = large_images.large_images(folder, 2 if options.quick else 50, sides=(800, 600))
+        frame = pd.concat([images] * 100, ignore_index=True)
         turns = {'ours': [], 'plain': []}  # parts of the folder that each has embedded
 
         def next_part(kind):

@@ -15,6 +15,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
+from guie.embedding import selection_score  # noqa: E402
+from guie.towers import load_strictly  # noqa: E402
 
 
 def block_of(name):
@@ -43,10 +45,10 @@ def search(states, score, sweeps):
     return weights, best
 
 
-def scores_of(model, frames):
+def scores_of(model, splits):
     """(selection at full width, never seen at 64 dimensions)."""
-    table = utilities.score_table('', '', utilities.embed_all(model, frames), frames, dims=(64,))
-    return utilities.selection_score(model, frames), table['mp5'].iloc[0]
+    table = utilities.score_table('', '', utilities.embed_all(model, splits), splits, dims=(64,))
+    return selection_score(model, splits), table['mp5'].iloc[0]
 
 
 if __name__ == '__main__':
@@ -57,13 +59,12 @@ if __name__ == '__main__':
     found = utilities.find_ingredients(arguments.runs, ['vit_h_224', 'vit_l_336'])
     rows = []
     for tower, runs in found.items():
-        frames = utilities.load_data(**demo.sources(), config=utilities.Config.load(runs[0] / 'config.json'))
-        states = [dict(utilities.open_checkpoint(run)) for run in runs]
-        model, score = utilities.load_run(runs[0]), utilities.StateEmbedder(runs[0], frames).score
-        weights, _ = search(states, score, arguments.sweeps)
-        for name, state in (('uniform', utilities.average_states(runs)), ('layer-wise', mix(states, weights))):
-            utilities.load_strictly(model, state, name)
-            rows.append((tower, name, *scores_of(model, frames)))
+        splits = utilities.load_data(**demo.sources(), config=runs[0].config)
+        model, score = utilities.load_run(runs[0]), utilities.StateEmbedder(runs[0], splits).score
+        weights, _ = search(runs, score, arguments.sweeps)
+        for name, state in (('uniform', utilities.average_states(runs)), ('layer-wise', mix(runs, weights))):
+            load_strictly(model, state, name)
+            rows.append((tower, name, *scores_of(model, splits)))
     print('\n| tower | soup | selection | never seen |\n| --- | --- | --- | --- |')
     for tower, name, selection, unseen in rows:
         print(f'| {tower} | {name} | {selection:.3f} | {unseen:.3f} |')

@@ -1,7 +1,7 @@
-"""Recipes against each other: the same photographs seen, several seeds, never-seen objects.
+"""Recipes against each other: the same images seen, several seeds, never-seen objects.
 
     python benchmarks/recipes.py                                    # the emoji world, about a minute a run on a quiet core
-    python benchmarks/recipes.py --photos FOLDER                    # and photographs, with both towers, and both worlds
+    python benchmarks/recipes.py --images FOLDER                    # and one's own images, with both towers, and both worlds
     python benchmarks/recipes.py --recipes place4 hi-res --seeds 5 --epochs 1
 
 FOLDER holds train.csv, query.csv and index.csv (path,label). Every run has its lines in <out>/results.csv, added when it
@@ -10,7 +10,7 @@ mean ± standard deviation over the seeds: on the selection objects at 64 dimens
 others, to report on, at the head's full width and at 64 dimensions (d64); d64 less that of place4, seed by seed, and its
 95 % interval when kinds of object are drawn anew (paired bootstrap of the seeds' mean). What is done after training is for
 any recipe, and has lines of its own: overlapping patches (half of the side) where they do not overlap yet, and test-time
-augmentation, the mean of photograph and mirror image at 1 and 1.5 times the side.
+augmentation, the mean of an image and its mirror image at 1 and 1.5 times the side.
 """
 import argparse
 import copy
@@ -24,16 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from open_clip.transformer import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
-import photographs  # noqa: E402
+import own_images  # noqa: E402
 
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
+from guie.files import write_text  # noqa: E402
 
-WORLDS = {'emoji': ('emoji', 'miniature'), 'miniature': ('photographs', 'miniature'),
-          'efficientnet': ('photographs', 'efficientnet'), 'both': ('emoji and photographs', 'miniature')}
+WORLDS = {'emoji': ('emoji', 'miniature'), 'miniature': ('own images', 'miniature'),
+          'efficientnet': ('own images', 'efficientnet'), 'both': ('emoji and own images', 'miniature')}
 SIZES = {'miniature': 64, 'efficientnet': 160}
 SETTING = ['world', 'tower', 'image_size', 'epochs', 'max_images']
 SCORES = ['selection', 'full', 'd64']
@@ -44,63 +46,63 @@ def configuration(tower, out, arguments):
     if tower == 'miniature':
         fields = demo.settings({})
     else:
-        fields = photographs.TOWERS[tower][0] | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
+        fields = own_images.TOWERS[tower][0] | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
         if not Path(fields['pretrained']).exists():
-            photographs.imagenet_weights(Path(fields['pretrained']))
+            own_images.imagenet_weights(Path(fields['pretrained']))
     sizes = {'image_size': arguments.image_size or SIZES[tower], 'max_images': arguments.max_images}
     return utilities.Config(**fields).override(epochs=arguments.epochs, pca_images=1000, **sizes)
 
 
-def load_world(world, photos, config):
-    """The frames of a run; of two worlds together each is a domain."""
-    sources = {'emoji': demo.sources(), 'photographs': photos and {
-        name: str(photos / f'{name}.csv') for name in ('train', 'query', 'index')}}
-    frames = {name: utilities.load_data(**sources[name], config=config) for name in world.split(' and ')}
-    return {part: pd.concat([frame[part].assign(domain=name) for name, frame in frames.items()], ignore_index=True)
-            for part in frames[world.split(' and ')[0]]}
+def load_world(world, folder, config):
+    """The splits of a run; of two worlds together each is a domain."""
+    sources = {'emoji': demo.sources(), 'own images': folder and {
+        name: str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}}
+    worlds = {name: utilities.load_data(**sources[name], config=config) for name in world.split(' and ')}
+    return utilities.Splits({
+        part: pd.concat([splits[part].assign(domain=name) for name, splits in worlds.items()], ignore_index=True)
+        for part in worlds[world.split(' and ')[0]]})
 
 
-def evaluate(model, frames, folder, test_time):
+def evaluate(model, splits, folder, test_time):
     """[{after, SCORES}]: mP@5 of a model, as it is and with what may follow training; what every query has at 64
     dimensions is kept in folder/precisions.npz."""
     models, tower = {'': model}, model.tower
-    if isinstance(tower, utilities.VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
+    if isinstance(tower, VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
         models['overlap'] = copy.deepcopy(model)
         utilities.resize(models['overlap'], model.spec.image_size, .5)
     if test_time:
         models['test-time'] = utilities.Submission([model], flip=True, sizes=(1, 1.5))
         models['test-time'].spec = replace(model.spec, image_size=model.spec.image_size * 3 // 2)
-    labels = [frames[name]['label'] for name in ('query', 'index')]
+    labels = [splits[name]['label'] for name in ('query', 'index')]
     scores, precisions = [], {}
     for after, one in models.items():
-        vectors = utilities.embed_all(one, frames, names=('pca', *(
+        vectors = utilities.embed_all(one, splits, names=('pca', *(
             split + part for split in ('selection_', '') for part in ('query', 'index'))))
-        wide, narrow = utilities.score_table('', '', vectors, frames)['mp5']
-        chosen = utilities.score_table('', '', vectors, frames, dims=(64,), split='selection_')['mp5'][0]
+        wide, narrow = utilities.score_table('', '', vectors, splits)['mp5']
+        chosen = utilities.score_table('', '', vectors, splits, dims=(64,), split='selection_')['mp5'][0]
         scores.append({'after': after} | dict(zip(SCORES, (chosen, wide, narrow))))
-        query, index = utilities.to_dim(vectors)
+        query, index = utilities.project(vectors)
         precisions[f'd64 {after}'] = utilities.precision_at_5(query, labels[0], index, labels[1])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / 'precisions.npz', label=np.array(list(map(str, labels[0]))), **precisions)
     return scores
 
 
-def run(config, recipe, seed, frames, folder, test_time):
-    """One run: its scores, photographs seen, and seconds of training."""
+def run(config, recipe, seed, splits, folder, test_time):
+    """One run: its scores, images seen, and seconds of training."""
     started = time.time()
     if recipe == 'untrained':
         model, seen = utilities.Embedder(utilities.new_model(config, 1).tower), 0
     else:
         name, *changes = recipe.split(',')
         changes = {field: json.loads(value) for field, value in (change.split('=') for change in changes)}
-        config = config.override(seed=seed, head_seed=seed).follow(name).override(**changes)
-        model = utilities.new_model(config, frames['train']['label'].nunique())
+        config = utilities.follow_recipe(config.override(seed=seed, head_seed=seed), name).override(**changes)
         shutil.rmtree(folder, ignore_errors=True)
-        utilities.fit_stages(config, model, frames['train'], folder)
+        model = utilities.train(config, splits, folder)
         shutil.rmtree(folder / 'state')
-        seen = sum(stage.epochs for stage in config.each_stage()) * len(frames['train'])
-    facts = {'photographs': seen, 'seconds': round(time.time() - started)}
-    return [scores | facts for scores in evaluate(model, frames, folder, test_time)]
+        seen = sum(stage.epochs for stage in config.each_stage()) * len(splits['train'])
+    facts = {'images': seen, 'seconds': round(time.time() - started)}
+    return [scores | facts for scores in evaluate(model, splits, folder, test_time)]
 
 
 def once(line, file, make):
@@ -109,7 +111,7 @@ def once(line, file, make):
     before = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=list(line))
     if not (before[names] == pd.Series(line)[names]).all(axis=1).any():
         made = pd.DataFrame([line | row for row in make()])
-        utilities.write_text(file, (pd.concat([before, made]) if len(before) else made).to_csv(index=False))
+        write_text(file, (pd.concat([before, made]) if len(before) else made).to_csv(index=False))
 
 
 def run_folder(out, line):
@@ -136,7 +138,7 @@ def table(results, out):
         runs = dict(list(group.groupby(['recipe', 'after'], sort=False)))
         reference = runs.get(('place4', ''), group.head(0))
         yield f'\n{", ".join(f"{name} {value}" for name, value in zip(SETTING, key))}: '
-        yield f'{group["photographs"].max():,} photographs seen\n'
+        yield f'{group["images"].max():,} images seen\n'
         yield f'| recipe | {" | ".join(SCORES)} | d64 less place4, paired | 95 % over kinds | seeds | s |'
         yield '| --- ' * (len(SCORES) + 5) + '|'
         for (recipe, after), rows in runs.items():
@@ -154,29 +156,29 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--recipes', nargs='+', default=['untrained', *utilities.RECIPES], metavar='RECIPE',
                         help=f"{', '.join(['untrained', *utilities.RECIPES])}; also with other values of a Config's fields "
-                             "as JSON, like 'place4,sampling=\"classes\"'")
+                             "as JSON, like 'place4,scale=20'")
     parser.add_argument('--seeds', type=int, nargs='+', default=[5, 6, 7])
-    parser.add_argument('--photos', type=Path)
+    parser.add_argument('--images', type=Path, metavar='FOLDER')
     parser.add_argument('--worlds', nargs='+', default=list(WORLDS), choices=WORLDS,
-                        help='emoji, a tower on photographs, or the miniature on emoji and photographs together')
+                        help="emoji, a tower on one's own images, or the miniature on both together")
     parser.add_argument('--epochs', type=int, default=2, help='even, so that two stages share them')
     parser.add_argument('--image-size', type=int, help=f'instead of {SIZES}')
-    parser.add_argument('--max-images', type=int, default=50, help='photographs of a class')
+    parser.add_argument('--max-images', type=int, default=50, help='images of a class')
     parser.add_argument('--test-time', action='store_true', help='lines with test-time augmentation too')
     parser.add_argument('--out', type=Path, default=Path('runs/recipes'))
     arguments = parser.parse_args()
     file = arguments.out / 'results.csv'
-    worlds = [WORLDS[name] for name in arguments.worlds if name == 'emoji' or arguments.photos]
+    worlds = [WORLDS[name] for name in arguments.worlds if name == 'emoji' or arguments.images]
     for seed in arguments.seeds:  # all recipes of one seed first
         for world, tower in worlds:
             config = configuration(tower, arguments.out, arguments)
-            frames = load_world(world, arguments.photos, config)
+            splits = load_world(world, arguments.images, config)
             for recipe in arguments.recipes:
                 setting = [world, tower, config.image_size, config.epochs, config.max_images]
                 line = dict(zip(SETTING, setting)) | {'recipe': recipe, 'seed': seed}
                 if tower == 'efficientnet' and recipe == 'overlap':
                     print('efficientnet: a convolution has no patches that could overlap')
                 else:
-                    once(line, file, partial(run, config, recipe, seed, frames, run_folder(arguments.out, line),
+                    once(line, file, partial(run, config, recipe, seed, splits, run_folder(arguments.out, line),
                                              arguments.test_time))
     print(*table(pd.read_csv(file), arguments.out), sep='\n')

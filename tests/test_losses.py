@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import utilities
+from guie.losses import adaptive_margins, arcface_loss
+from guie.model import SubcenterHead
 
 
 def slow_arcface(cosine, labels, margins, scale):
@@ -26,7 +27,7 @@ def test_arcface_equals_a_row_by_row_reference(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     cosine = torch.rand(16, 7, generator=generator) * 1.98 - .99
     labels, margins = torch.randint(7, (16,), generator=generator), torch.rand(7, generator=generator) * .5
-    loss = utilities.arcface_loss(cosine, labels, margins, scale=scale)
+    loss = arcface_loss(cosine, labels, margins, scale=scale)
     assert loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, scale), rel=1e-5)
 
 
@@ -34,23 +35,15 @@ def test_arcface_equals_a_row_by_row_reference(seed, scale):
 def test_arcface_computes_in_float32_whatever_the_cosines_are(dtype):
     cosine = (torch.rand(16, 7, generator=torch.Generator().manual_seed(0)) * 1.98 - .99).to(dtype)
     labels, margins = torch.arange(16) % 7, torch.linspace(.05, .5, 7)
-    loss = utilities.arcface_loss(cosine, labels, margins)
+    loss = arcface_loss(cosine, labels, margins)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(slow_arcface(cosine, labels, margins, 30.), rel=1e-5)
-
-
-def test_the_cosine_keeps_its_digits_under_mixed_precision():
-    head = utilities.SubcenterHead(8, 5, dim=32)
-    embedding = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        cosine = head.cosine(embedding)
-    assert cosine.dtype == torch.float32 and torch.allclose(cosine, head.cosine(embedding), atol=1e-6)
 
 
 def test_arcface_gradient_equals_finite_differences():
     cosine = (torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.8 - .9)
     labels, margins, step = torch.tensor([0, 1, 2, 3]), torch.full((5,), .4), 1e-6
     leaf = cosine.float().requires_grad_()
-    utilities.arcface_loss(leaf, labels, margins).backward()
+    arcface_loss(leaf, labels, margins).backward()
     for row, column in [(0, 0), (1, 4), (2, 2)]:
         up, down = cosine.clone(), cosine.clone()
         up[row, column] += step
@@ -59,46 +52,45 @@ def test_arcface_gradient_equals_finite_differences():
         assert leaf.grad[row, column].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
 
 
-def test_arcface_equals_pytorch_metric_learning_at_a_constant_margin():
+@pytest.mark.parametrize('subcenters', [1, 3])
+def test_arcface_equals_pytorch_metric_learning_at_a_constant_margin(subcenters):
     losses = pytest.importorskip('pytorch_metric_learning.losses')
-    for subcenters in (1, 3):
-        torch.manual_seed(0)
-        ours = utilities.SubcenterHead(16, 6, dim=16, subcenters=subcenters)
-        embedding, labels = torch.randn(12, 16), torch.arange(12) % 6
-        theirs = (losses.ArcFaceLoss if subcenters == 1 else losses.SubCenterArcFaceLoss)(
-            num_classes=6, embedding_size=16, margin=math.degrees(.3), scale=30,
-            **({} if subcenters == 1 else {'sub_centers': subcenters}))
-        theirs.W.data = ours.centers.data.T.clone()
-        expected = theirs(embedding, labels)
-        loss = utilities.arcface_loss(ours.cosine(embedding), labels, torch.full((6,), .3))
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.manual_seed(0)
+    head = SubcenterHead(16, 6, dim=16, subcenters=subcenters)
+    embedding, labels = torch.randn(12, 16), torch.arange(12) % 6
+    settings = {'num_classes': 6, 'embedding_size': 16, 'margin': math.degrees(.3), 'scale': 30}
+    theirs = losses.ArcFaceLoss(**settings) if subcenters == 1 else losses.SubCenterArcFaceLoss(
+        **settings, sub_centers=subcenters)
+    theirs.W.data = head.centers.data.T.clone()
+    loss = arcface_loss(head.cosine(embedding), labels, torch.full((6,), .3))
+    assert loss.item() == pytest.approx(theirs(embedding, labels).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize('value', [1.0, -1.0])
 def test_the_gradient_is_finite_where_the_cosine_is_one(value):
     cosine = torch.full((2, 3), value, requires_grad=True)
-    utilities.arcface_loss(cosine, torch.tensor([0, 1]), torch.tensor([.05, .3, .5])).backward()
+    arcface_loss(cosine, torch.tensor([0, 1]), torch.tensor([.05, .3, .5])).backward()
     assert cosine.grad.isfinite().all()
 
 
-def test_past_pi_the_target_logit_goes_on_falling():
+def test_past_pi_the_target_logit_keeps_falling():
     near, past = torch.tensor([[-.99, 0.]]), torch.tensor([[-.9999, 0.]])
-    margins = torch.tensor([.5, .5])
-    assert utilities.arcface_loss(past, torch.tensor([0]), margins) > \
-        utilities.arcface_loss(near, torch.tensor([0]), margins)
+    margins, label = torch.tensor([.5, .5]), torch.tensor([0])
+    assert arcface_loss(past, label, margins) > arcface_loss(near, label, margins)
 
 
 def test_margins_run_from_the_most_frequent_class_to_the_rarest():
-    margins = utilities.adaptive_margins([4, 10, 50]).numpy()
-    share = (np.array([4, 10, 50]) ** -.25 - 50 ** -.25) / (4 ** -.25 - 50 ** -.25)
-    assert margins == pytest.approx(.05 + .45 * share, abs=1e-6)
+    counts = np.array([4, 10, 50])
+    share = (counts ** -.25 - 50 ** -.25) / (4 ** -.25 - 50 ** -.25)
+    assert adaptive_margins(counts).numpy() == pytest.approx(.05 + .45 * share, abs=1e-6)
+    assert adaptive_margins(counts, low=.1, width=.2).numpy() == pytest.approx(.1 + .2 * share, abs=1e-6)
 
 
 def test_equal_counts_give_the_middle_margin_and_no_nan():
-    assert utilities.adaptive_margins([7, 7, 7]).tolist() == pytest.approx([.275] * 3)
+    assert adaptive_margins([7, 7, 7]).tolist() == pytest.approx([.275] * 3)
 
 
 @pytest.mark.parametrize('counts', [[3, 0], []])
-def test_a_class_without_photographs_is_an_error(counts):
-    with pytest.raises(ValueError, match='at least one photograph'):
-        utilities.adaptive_margins(counts)
+def test_a_class_without_images_is_an_error(counts):
+    with pytest.raises(ValueError, match='at least one image'):
+        adaptive_margins(counts)

@@ -14,7 +14,8 @@ import torch
 
 import demo
 import utilities
-from tests.test_export import needs_torch111, odd_photographs, replay
+from guie.files import state_hash
+from tests.test_submission import images_of, needs_torch111, replay_on_host
 
 NAMES = ['train_vit_h_224', 'train_vit_l_336', 'soup', 'zero_shot_pca']
 
@@ -48,10 +49,10 @@ def test_a_notebook_has_outputs_without_errors_or_warnings(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_the_outputs_belong_to_the_source(name):
     made_from = nbformat.read(f'{name}.ipynb', 4).metadata.get('outputs_of', {})
-    assert made_from.get(f'{name}.ipynb') == demo.source_digest(f'{name}.ipynb'), \
+    assert made_from.get(f'{name}.ipynb') == demo.source_hash(f'{name}.ipynb'), \
         f'{name}.ipynb was changed after its outputs were made: run `make notebooks`.'
-    if made_from.get('utilities.py') != demo.source_digest('utilities.py'):
-        warnings.warn(f'The outputs of {name}.ipynb are older than utilities.py: run `make notebooks`.', stacklevel=1)
+    if changed := [file for file in demo.ROOMS if made_from.get(file) != demo.source_hash(file)]:
+        warnings.warn(f'Outputs of {name}.ipynb are older than {", ".join(changed)}: run `make notebooks`.', stacklevel=1)
 
 
 def test_the_training_notebooks_differ_only_in_configuration_and_prose():
@@ -60,6 +61,15 @@ def test_the_training_notebooks_differ_only_in_configuration_and_prose():
     for one, other in zip(first, second):
         assert tags(one) == tags(other)
         assert ('configuration' in tags(one)) == (one.source != other.source), one.source
+
+
+MOST_NAMES = {'train_vit_h_224': 18, 'train_vit_l_336': 18, 'soup': 26, 'zero_shot_pca': 20}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_notebook_needs_few_names_of_the_front_door(name):
+    used = set(re.findall(r'\butilities\.([A-Za-z]\w*)', '\n'.join(cell.source for cell in cells(name, 'code')))) - {'py'}
+    assert used <= set(utilities.__all__) and len(used) <= MOST_NAMES[name]
 
 
 def run(name, folder, **parameters):
@@ -177,7 +187,7 @@ def test_the_original_authors_bare_files_become_a_submission_without_training(ru
         'ARCHITECTURES': {'vit_h_224': {**tower, 'image_size': 64}, 'vit_l_336': {**tower, 'image_size': 96}}})
     assert all(output.get('name') != 'stderr' for cell in executed.cells for output in cell.get('outputs', []))
     ours, theirs = (utilities.open_checkpoint(place / 'soup_vit_h_224') for place in (folder, tmp_path / 'out'))
-    assert utilities.state_digest(ours) == utilities.state_digest(theirs)
+    assert state_hash(ours) == state_hash(theirs)
     scores = [pd.read_csv(place / 'soup_scores.csv').set_index('model')['mp5'] for place in (folder, tmp_path / 'out')]
     assert scores[0]['ensemble'] == pytest.approx(scores[1]['ensemble'], abs=.02)
     with zipfile.ZipFile(tmp_path / 'out/ensemble/submission.zip') as archive:
@@ -185,14 +195,14 @@ def test_the_original_authors_bare_files_become_a_submission_without_training(ru
 
 
 @needs_torch111
-def test_pytorch_1_11_gives_the_demos_submission_the_same_vectors_on_50_odd_photographs(runs, tmp_path):
+def test_pytorch_1_11_gives_the_demos_submission_the_same_vectors_on_50_odd_images(runs, tmp_path):
     _, folder = runs
-    images = odd_photographs()
+    images = images_of(np.random.default_rng(0).integers(1, 400, (50, 2)))
     with zipfile.ZipFile(folder / 'ensemble/submission.zip') as archive:
         loaded = torch.jit.load(archive.extract('saved_model.pt', tmp_path))
     with torch.no_grad():
         expected = torch.cat([loaded(image) for image in images])
-    found = replay(folder / 'ensemble/submission.zip', images, tmp_path)
+    found = replay_on_host(folder / 'ensemble/submission.zip', images, tmp_path)
     assert found.shape == (50, 64) and (found - expected).abs().max() <= 1e-5
 
 

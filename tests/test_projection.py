@@ -1,10 +1,10 @@
-"""Projection to 64 dimensions, against scikit-learn."""
+"""Projection to 64 dimensions, against scikit-learn and against slow numpy."""
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from utilities import concatenate, fit_pca, l2_normalise, random_projection
+from guie.projection import concatenate, fit_pca, l2_normalise, project, random_projection
 
 
 def embeddings(n=900, d=96, seed=0):
@@ -30,12 +30,17 @@ def test_fit_pca_is_scikit_learns(n, dim):
     np.testing.assert_allclose(ours.explained_variance_ratio, theirs.explained_variance_ratio_, atol=1e-6)
 
 
-def test_a_table_too_large_for_float64_products_is_still_scikit_learns():
-    x = embeddings(8000, 512)
-    theirs = PCA(64, svd_solver='covariance_eigh').fit(x.astype(np.float64))
-    ours = fit_pca(np.tile(x, (10, 1)), 64)  # the same distribution ten times
-    np.testing.assert_allclose(aligned(ours.components, theirs.components_), theirs.components_, atol=1e-4)
-    np.testing.assert_allclose(ours.explained_variance_ratio, theirs.explained_variance_ratio_, atol=1e-6)
+@pytest.mark.parametrize('weights', [np.ones(400), np.linspace(0, 2, 400), np.arange(400) % 7 == 0])
+def test_a_weighted_pca_is_the_eigenvectors_of_the_weighted_covariance(weights):
+    x = embeddings(400)
+    share = weights / weights.sum()
+    mean = sum(w * row.astype(np.float64) for w, row in zip(share, x))
+    covariance = sum(w * np.outer(row - mean, row - mean) for w, row in zip(share, x))
+    variances, directions = np.linalg.eigh(covariance)
+    ours, largest = fit_pca(x, 20, weights=weights), directions[:, :-21:-1].T
+    np.testing.assert_allclose(ours.mean, mean, atol=1e-10)
+    np.testing.assert_allclose(aligned(ours.components, largest), largest, atol=1e-6)
+    np.testing.assert_allclose(ours.explained_variance_ratio, variances[:-21:-1] / variances.sum(), atol=1e-9)
 
 
 def test_the_folded_layer_is_scikit_learns_transform_with_the_larger_entry_of_each_direction_positive():
@@ -48,7 +53,7 @@ def test_the_folded_layer_is_scikit_learns_transform_with_the_larger_entry_of_ea
     assert isinstance(layer, torch.nn.Linear) and (layer.in_features, layer.out_features) == (96, 64)
     np.testing.assert_allclose(layer(torch.from_numpy(new)).numpy(), expected, atol=2e-5)
     np.testing.assert_allclose(projection(new), expected, atol=2e-5)
-    assert projection(new).dtype == np.float32
+    assert projection(new).dtype == np.float32 and not any(p.requires_grad for p in layer.parameters())
 
 
 def test_the_first_columns_are_the_pca_to_fewer_dimensions():
@@ -81,6 +86,24 @@ def test_a_memory_map_and_other_float_types_serve(tmp_path):
     expected = fit_pca(x.astype(np.float64), 8)
     for same in (x, np.load(tmp_path / 'x.npy', mmap_mode='r'), torch.from_numpy(x)):
         np.testing.assert_allclose(fit_pca(same, 8).components, expected.components, atol=1e-5)
+
+
+def test_a_mean_far_larger_than_the_spread_costs_no_digits():
+    x = embeddings().astype(np.float64)
+    near, far = fit_pca(x, 20), fit_pca(x + 1e5, 20)
+    np.testing.assert_allclose(far.components, near.components, atol=1e-6)
+
+
+def test_vectors_are_projected_by_a_pca_of_the_training_images_or_by_a_map_given():
+    vectors = {name: embeddings(80, 16, seed) for seed, name in enumerate(('pca', 'query', 'index', 'selection_query',
+                                                                           'selection_index'))}
+    pca = fit_pca(vectors['pca'], 5)
+    for split in ('', 'selection_'):
+        for found, part in zip(project(vectors, 5, split=split), ('query', 'index'), strict=True):
+            np.testing.assert_allclose(found, l2_normalise(pca(vectors[split + part])), atol=1e-6)
+    query, index = project(vectors, 2, random_projection(16, 5))  # its first two columns
+    np.testing.assert_allclose(index, l2_normalise(random_projection(16, 5)(vectors['index'])[:, :2]), atol=1e-6)
+    assert query.shape == (80, 2)
 
 
 def test_folding_draws_no_random_numbers():
@@ -122,8 +145,13 @@ def test_whitening_directions_without_variance_is_an_error_and_plain_pca_of_them
     assert fit_pca(flat, 20).explained_variance_ratio[10:].max() < 1e-7
     with pytest.raises(ValueError, match='vary in 10 directions only'):
         fit_pca(flat, 20, whiten=1)
-    with pytest.raises(ValueError, match='vary in 0 directions only'):
-        fit_pca(np.full((300, 10), 0.1, dtype=np.float32), 4)
+
+
+@pytest.mark.parametrize('weights', [None, np.linspace(.1, 3, 301)])
+def test_embeddings_that_are_all_equal_are_an_error(weights):
+    for seed in range(8):
+        with pytest.raises(ValueError, match='vary in 0 directions only'):
+            fit_pca(np.tile(embeddings(1, 10, seed), (301, 1)), 4, weights=weights)
 
 
 def test_a_projection_refuses_vectors_of_another_model():

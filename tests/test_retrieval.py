@@ -7,12 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-import utilities
-from utilities import (
+from guie import retrieval
+from guie.projection import fit_pca, l2_normalise, random_projection
+from guie.retrieval import (
+    gain_table,
     mean_precision_at_5,
     nearest_neighbours,
     paired_bootstrap,
     precision_at_5,
+    save_scores,
+    score_table,
     scores_by_domain,
 )
 
@@ -34,45 +38,27 @@ def assert_neighbours(query, index, k, **options):
     np.testing.assert_allclose(distances, expected, rtol=1e-6, atol=1e-7)
 
 
-GROUP = 32  # the largest
-
-
-@pytest.fixture(params=['for the shapes', GROUP])
-def groups(request, monkeypatch):
-    """Small indexes are searched in small groups; the largest must give the same."""
-    if request.param == GROUP:
-        monkeypatch.setattr(utilities, 'group_size', lambda n, d: GROUP)
-
-
-def test_groups_are_large_for_large_indexes_and_small_for_wide_ones():
-    sizes = {(200_000, 64): 32, (20_000, 64): 16, (1500, 64): 4, (200_000, 1024): 8, (1500, 1024): 4, (1, 1): 4}
-    assert {shape: utilities.group_size(*shape) for shape in sizes} == sizes
-
-
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize('near', [6, 7, 8, 300])  # groups: more than k, and more than a shortlist holds
-@pytest.mark.usefixtures('groups')
+@pytest.mark.parametrize('near', [6, 9, 10, 300])  # rows: more than k, as many as a shortlist holds, and more
 def test_distances_that_float32_cannot_tell_apart_are_sorted_as_float64_does(near):
     query = normal(3, 1, 64)
-    query = np.concatenate([query, -query])  # their mean is 0, so that a score is a small difference of large terms
+    query = np.concatenate([query, -query])
     for seed in range(20):
-        index = normal(seed, near * GROUP, 64) * 5
-        index[::GROUP] = query[0] + utilities.l2_normalise(normal(seed + 100, near, 64))  # one in each group
+        index = normal(seed, near * 3, 64) * 5
+        index[::3] = query[0] + l2_normalise(normal(seed + 100, near, 64))
         assert_neighbours(query, index, 5)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1, 1), (7, 40, 3, 40), (300, 2500, 64, 5), (5, 700, 63, 33)])
-@pytest.mark.usefixtures('groups')
 def test_neighbours_are_those_of_float64_brute_force(shape):
     q, n, d, k = shape
     assert_neighbours(normal(0, q, d), normal(1, n, d), k)
 
 
 @pytest.mark.parametrize('seed', range(12))
-@pytest.mark.usefixtures('groups')
 def test_ties_go_to_the_smaller_index_across_chunks_and_the_kth_place(seed):
     rng = np.random.default_rng(seed)
     n, d, k = rng.integers(50, 900), rng.integers(1, 70), rng.integers(1, 40)
@@ -82,7 +68,6 @@ def test_ties_go_to_the_smaller_index_across_chunks_and_the_kth_place(seed):
     assert_neighbours(query, index, k, chunk=int(rng.integers(1, 400)))
 
 
-@pytest.mark.usefixtures('groups')
 def test_an_index_of_one_repeated_vector_gives_the_first_rows():
     index = np.tile(normal(0, 1, 64), (5000, 1))
     distances, indices = nearest_neighbours(normal(1, 70, 64), index, 9, chunk=1024)
@@ -90,33 +75,55 @@ def test_an_index_of_one_repeated_vector_gives_the_first_rows():
     assert (distances == distances[:, :1]).all()
 
 
-@pytest.mark.usefixtures('groups')
-def test_the_plain_scan_is_only_for_queries_with_too_many_near_ties(monkeypatch):
-    scanned = []
-    scan = utilities._scan
-    monkeypatch.setattr(utilities, '_scan', lambda query, *a: scanned.append(len(query)) or scan(query, *a))
+@pytest.fixture
+def scanned(monkeypatch):
+    """How many queries each full scan was for."""
+    counts, scan = [], retrieval.scan
+    monkeypatch.setattr(retrieval, 'scan', lambda query, *rest: counts.append(len(query)) or scan(query, *rest))
+    return counts
+
+
+def test_the_full_scan_is_only_for_queries_with_too_many_near_ties(scanned):
     index = normal(0, 3000, 64)
     assert_neighbours(normal(1, 50, 64), index, 5)
+    index[[7, 800, 1500, 2999]] = index[0]  # five equal rows, which end at the fifth place
+    assert_neighbours(np.concatenate([index[:1], normal(1, 50, 64)]), index, 5)
     assert scanned == []
-    index[::40] = index[0]  # one vector in 75 groups
+    index[::40] = index[0]  # 75 of them
     assert_neighbours(np.concatenate([index[:1], normal(1, 50, 64)]), index, 5)
     assert scanned == [1]
 
 
-@pytest.mark.usefixtures('groups')
+def test_rows_nearer_to_each_other_than_the_products_can_tell_are_scanned_for(scanned):
+    """All rows lie on a sphere about the query but for the last digits of their distances."""
+    query, around = normal(0, 1, 16).astype(np.float64), normal(1, 900, 16).astype(np.float64)
+    radius = 1 + np.random.default_rng(2).permutation(900)[:, None] * 3e-16
+    index = query + radius * around / np.linalg.norm(around, axis=1, keepdims=True)
+    distances, indices = nearest_neighbours(query, index, 5, chunk=128)
+    every = torch.cdist(torch.from_numpy(query), torch.from_numpy(index), compute_mode='donot_use_mm_for_euclid_dist')[0]
+    assert scanned == [1] and indices[0].tolist() == np.lexsort((np.arange(900), every.numpy()))[:5].tolist()
+
+
+@pytest.mark.parametrize('k', [1, 5])
+def test_a_query_far_away_from_a_small_index_finds_the_first_of_equal_distances(k):
+    """Their distances are the same float64 number, their products are not."""
+    query = np.array([[1e9, 0.]])
+    index = np.column_stack([np.zeros(40), np.linspace(1, 0, 40)])  # the nearest rows last, by less than a last digit
+    _, indices = nearest_neighbours(query, index, k)
+    assert indices.tolist() == [list(range(k))]
+
+
 def test_vectors_far_from_the_origin_and_close_together_are_told_apart():
     """In float32 all scores of such vectors are the same number."""
     offset = 1000 * normal(0, 1, 64)
     assert_neighbours(normal(1, 20, 64) / 50 + offset, normal(2, 2000, 64) / 50 + offset, 5)
 
 
-@pytest.mark.usefixtures('groups')
 def test_rows_of_very_different_length_do_not_hide_each_other():
     index = normal(0, 1500, 16) * np.float32(10) ** np.random.default_rng(1).integers(-4, 5, (1500, 1))
     assert_neighbours(normal(2, 40, 16), index, 6)
 
 
-@pytest.mark.usefixtures('groups')
 def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     vectors = np.repeat(normal(0, 60, 8), 3, axis=0)
     assert_neighbours(vectors, vectors, 4, exclude=np.arange(180))
@@ -125,19 +132,17 @@ def test_excluded_rows_are_not_found_and_a_negative_number_excludes_nothing():
     assert found[:, 0].tolist() == [1, 0]
 
 
-@pytest.mark.usefixtures('groups')
 def test_ties_behind_an_excluded_row_go_to_the_smaller_index():
-    """The excluded row takes a place in the shortlist; more groups than are left there are equally far."""
+    """More rows than a shortlist holds are equally far."""
     query = normal(0, 1, 64)
     index = np.concatenate([query + 1, normal(1, 3000, 64) + 5, query])
-    index[GROUP:3000:GROUP + 1] = query + 1
+    index[32:3000:33] = query + 1
     _, found = nearest_neighbours(query, index, 1, exclude=[3001])
     assert found.tolist() == [[0]]
     for k in (1, 2, 5):
         assert_neighbours(query, index, k, exclude=[3001])
 
 
-@pytest.mark.usefixtures('groups')
 def test_more_queries_than_are_searched_at_once_keep_their_own_rows():
     query, index = normal(0, 8200, 4), normal(1, 50, 4)
     exclude = np.arange(8200) % 50
@@ -158,11 +163,11 @@ def test_tensors_arrays_and_memory_maps_of_any_float_type_are_searched_alike(tmp
 def test_a_memory_map_is_never_read_whole(tmp_path, monkeypatch):
     np.save(tmp_path / 'index.npy', normal(0, 20_000, 8))
     read = []
-    rows = utilities._rows
-    monkeypatch.setattr(utilities, '_rows', lambda *a: (read.append(len(part := rows(*a))), part)[1])
+    rows = retrieval.rows_of
+    monkeypatch.setattr(retrieval, 'rows_of', lambda *a: (read.append(len(part := rows(*a))), part)[1])
     index = np.load(tmp_path / 'index.npy', mmap_mode='r')
     assert_neighbours(normal(1, 10, 8), index, 3, chunk=640)
-    assert max(read) <= 10 * 6 * GROUP  # the shortlists of all ten queries, else a chunk
+    assert max(read) == 640  # a chunk, or the shortlists of all ten queries
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -222,7 +227,7 @@ def test_of_equally_far_images_the_one_with_the_smaller_index_is_judged():
 
 
 def test_a_query_in_its_own_index_counts_neither_as_neighbour_nor_as_relevant():
-    """Two photographs are identical: dropping the first neighbour instead of oneself would be wrong for one."""
+    """Two images are identical: dropping the first neighbour instead of oneself would be wrong for one."""
     vectors, labels = np.array([[0.0], [0.0], [1.0], [1.1], [1.2]]), ['a', 'b', 'a', 'b', 'b']
     precisions = precision_at_5(vectors, labels, vectors, labels, exclude_self=True)
     # a0: b1 | a2: b3 | b1: a0, a2 | b3: a2, b4 (as near, later) | b4: b3, a2
@@ -285,13 +290,6 @@ def test_labels_that_do_not_fit_the_vectors_are_an_error(n_query, n_index, exclu
         mean_precision_at_5(np.zeros((4, 2)), [0] * n_query, np.zeros((9, 2)), [0] * n_index, exclude_self)
 
 
-def test_scores_by_domain_average_what_was_judged():
-    domains = pd.Series(list('ccab'), index=[4, 3, 2, 1])
-    table = scores_by_domain(np.array([1, 0, np.nan, 0.4]), domains)
-    assert table.columns.tolist() == ['domain', 'mp5', 'queries', 'left_out']
-    assert table.fillna(-1).values.tolist() == [['a', -1, 0, 1], ['b', 0.4, 1, 0], ['c', 0.5, 2, 0]]
-
-
 def test_the_bootstrap_interval_of_single_queries_is_the_normal_one():
     rng = np.random.default_rng(0)
     first, second = rng.random(900), rng.random(900) + 0.05
@@ -319,29 +317,67 @@ def test_the_bootstrap_is_paired_and_leaves_out_unjudged_queries():
         paired_bootstrap(first, second, ['a', 'b', 'c'])
 
 
-def test_scores_at_full_width_and_through_a_projection_have_a_row_each():
+@pytest.fixture
+def scored():
+    """(vectors, splits) of 12 noisy objects in two domains; the query's last image has no object in the index."""
     rng = np.random.default_rng(0)
     centres, labels = rng.standard_normal((12, 80)), np.arange(120) % 12
-    vectors = (centres[labels] + rng.standard_normal((120, 80))).astype(np.float32)
-    parts = {'pca': vectors, 'query': vectors[:24], 'index': vectors[24:]}
-    parts |= {'selection_query': vectors[24:48], 'selection_index': vectors[:24]}
-    frames = {'query': labels[:24], 'index': labels[24:], 'selection_query': labels[24:48], 'selection_index': labels[:24]}
-    frames = {name: pd.DataFrame({'label': part}) for name, part in frames.items()}
-    table = utilities.score_table('soup', 'mine', parts, frames, dims=(None, 64, 3), seconds=7)
+    every = (centres[labels] + rng.standard_normal((120, 80))).astype(np.float32)
+    table = pd.DataFrame({'label': labels, 'domain': np.where(labels < 4, 'few', 'many')})
+    parts = {'query': slice(0, 25), 'index': slice(25, None), 'selection_query': slice(24, 48),
+             'selection_index': slice(0, 24)}
+    vectors = {'pca': every} | {name: every[part] for name, part in parts.items()}
+    splits = {name: table[part].reset_index(drop=True) for name, part in parts.items()}
+    splits['query'].loc[24, 'label'] = 99
+    return vectors, splits
+
+
+def test_scores_at_full_width_and_through_a_projection_have_a_row_each(scored, capsys):
+    vectors, splits = scored
+    query, index, labels = vectors['query'], vectors['index'], [splits[name]['label'] for name in ('query', 'index')]
+    table = score_table('soup', 'mine', vectors, splits, dims=(None, 64, 3), seconds=7)
+    assert '1 of 25 queries have no image of their object in the index' in capsys.readouterr().out
     assert list(table.columns) == ['stage', 'model', 'dim', 'mp5', 'seconds'] and table['dim'].tolist() == [80, 64, 3]
-    query, index = (utilities.l2_normalise(utilities.fit_pca(vectors, 3)(part)) for part in (vectors[:24], vectors[24:]))
-    assert table['mp5'].tolist()[::2] == [
-        mean_precision_at_5(parts['query'], labels[:24], parts['index'], labels[24:]),
-        mean_precision_at_5(query, labels[:24], index, labels[24:])]
-    random_ways = utilities.score_table('', '', parts, frames, dims=(3,), projection=utilities.random_projection(80, 3))
+    small = [l2_normalise(fit_pca(vectors['pca'], 3)(part)) for part in (query, index)]
+    assert table['mp5'].tolist()[::2] == [mean_precision_at_5(query, labels[0], index, labels[1]),
+                                          mean_precision_at_5(small[0], labels[0], small[1], labels[1])]
+    random_ways = score_table('', '', vectors, splits, dims=(3,), projection=random_projection(80, 3))
     assert random_ways['mp5'].iloc[0] < table['mp5'].iloc[2]
-    chosen = utilities.score_table('', '', parts, frames, dims=(None,), split='selection_')
-    assert chosen['mp5'].iloc[0] == mean_precision_at_5(vectors[24:48], labels[24:48], vectors[:24], labels[:24])
+    narrow = {name: part[:, :3] for name, part in vectors.items()}
+    assert score_table('', '', narrow, splits)['dim'].tolist() == [3, 3]  # no 64 to be had of 3
+    chosen = score_table('', '', vectors, splits, dims=(None,), split='selection_')
+    assert chosen['mp5'].iloc[0] == mean_precision_at_5(
+        vectors['selection_query'], splits['selection_query']['label'],
+        vectors['selection_index'], splits['selection_index']['label'])
 
 
-def test_some_objects_are_the_querys_first_with_all_their_photographs():
-    frames = {'query': pd.DataFrame({'label': list('baca')}), 'index': pd.DataFrame({'label': list('xaabdc')})}
-    some = utilities.some_objects(frames, 2)
-    assert some['query'].tolist() == [0, 1, 3] and some['index'].tolist() == [1, 2, 3]
-    every = utilities.some_objects(frames, None)
-    assert every['query'].tolist() == [0, 1, 2, 3] and every['index'].tolist() == [0, 1, 2, 3, 4, 5]
+def test_scores_by_domain_average_what_was_judged(scored):
+    vectors, splits = scored
+    query, index = (l2_normalise(fit_pca(vectors['pca'], 8)(vectors[name])) for name in ('query', 'index'))
+    precisions = precision_at_5(query, splits['query']['label'], index, splits['index']['label'])
+    domains = splits['query']['domain']
+    table = scores_by_domain(vectors, splits, 8)
+    assert table.columns.tolist() == ['domain', 'mp5', 'queries', 'left_out']
+    assert table['domain'].tolist() == ['few', 'many'] and table['left_out'].sum() == 1
+    for row in table.itertuples():
+        judged = precisions[(domains == row.domain) & ~np.isnan(precisions)]
+        assert row.mp5 == pytest.approx(judged.mean()) and row.queries == len(judged)
+
+
+def test_gains_are_paired_bootstraps_of_two_models_at_a_width(scored):
+    vectors, splits = scored
+    projections = {'pca': fit_pca(vectors['pca'], 4), 'random': random_projection(80, 4)}
+    table = gain_table([('random', 'pca')], dict.fromkeys(projections, vectors), splits, 4, projections)
+    assert table.columns.tolist() == ['model', 'against', 'gain', 'low', 'high']
+    scores = {name: score_table('', '', vectors, splits, dims=(4,), projection=one)['mp5'].iloc[0]
+              for name, one in projections.items()}
+    (model, against, gain, low, high), = table.itertuples(index=False, name=None)
+    assert (model, against) == ('pca', 'random') and gain == pytest.approx(scores['pca'] - scores['random'])
+    assert low <= gain <= high
+
+
+def test_scores_are_saved_as_a_csv_or_as_scores_csv_of_a_folder(tmp_path):
+    table = pd.DataFrame({'stage': ['soup'], 'mp5': [.5]})
+    for path, file in ((tmp_path / 'mine.csv', 'mine.csv'), (tmp_path, 'scores.csv')):
+        save_scores(table, path)
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / file), table)

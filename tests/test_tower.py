@@ -192,52 +192,6 @@ TOWERS = {  # notebook: last block of each band, image size, tower by default, t
     'train_vit_l_336': ((8, 16, 20, 24), 336, ('ViT-L-14', 'laion2b_s32b_b82k'), ('ViT-L-14-336', 'openai'))}
 
 
-@pytest.mark.parametrize('solution', [None, 'place4'])
-@pytest.mark.parametrize('notebook', TOWERS)
-def test_the_notebooks_configurations_are_the_published_recipe(notebook, solution):
-    blocks, size, default, published = TOWERS[notebook]
-    config = configuration(notebook)
-    config = config.override(**utilities.published_tower(solution, notebook.removeprefix('train_')))
-    assert (config.model_name, config.pretrained) == (published if solution else default)
-    assert config.image_size == size
-    assert config.bands == tuple(zip(blocks, (1.25e-6, 2.5e-6, 5e-6, 1e-5)))
-    assert (config.head_lr, config.head_decay, config.tower_decay) == (3e-4, 1e-5, 1e-3)
-    assert (config.batch_size, config.effective_batch, config.epochs, config.warmup_steps) == (8, 32, 1, 1000)
-    assert (config.subcenters, config.scale, config.margin_min, config.margin_width) == (3, 30, .05, .45)
-    assert (config.n_classes, config.min_images, config.max_images) == (9691, 4, 50)
-    assert (config.embedding_dim, config.seed, config.augmentation) == (512, 5, 'none')
-    assert config.model_name in open_clip.list_models()
-    assert config.pretrained in open_clip.list_pretrained_tags_by_model(config.model_name)
-
-
-def test_an_unknown_solution_is_one_sentence():
-    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None"):
-        utilities.published_tower('place1', 'vit_h_224')
-
-
-@pytest.mark.parametrize('change, words', [
-    ({'epochs': -1}, 'Config.epochs is -1'), ({'batch_size': 0}, 'Config.batch_size'), ({'scale': 0}, 'Config.scale'),
-    ({'bands': ()}, 'Config.bands'), ({'bands': ((5, 1.), (3, 1.))}, 'rising'), ({'effective_batch': 12}, 'multiple'),
-    ({'precision': 'fp8'}, 'precision'), ({'epoch': 1}, "no field 'epoch'"), ({'image_size': 'big'}, 'image_size'),
-])
-def test_a_configuration_out_of_range_is_one_sentence(change, words):
-    with pytest.raises(ValueError, match=words):
-        utilities.Config().override(**change)
-
-
-def test_a_configuration_survives_its_file(tmp_path):
-    config = utilities.Config(augmentation='cutout', bands=((3, 1e-3), (6, 1e-2)))
-    config.save(tmp_path / 'config.json')
-    assert utilities.Config.load(tmp_path / 'config.json') == config
-
-
-def test_the_table_of_a_configuration_names_every_field_once_with_its_value():
-    config = utilities.Config(augmentation='cutout')
-    table = utilities.config_table(config, blocks=3).to_numpy()
-    pairs = [(row[i], row[i + 1]) for i in (0, 2, 4) for row in table if row[i]]
-    assert pairs == [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
-
-
 def test_unknown_words_are_reported(capsys):
     encode = utilities.load_text_tower(MINIATURE)
     vectors = encode(['hot dog', 'hot zyzzyva'])
@@ -264,14 +218,6 @@ def test_a_share_of_the_classes_holds_those_of_the_batch_and_has_their_loss_and_
     absent = sorted(set(range(20)) - set(classes.tolist()))
     assert not found.unflatten(0, (-1, 3))[absent].any()
     assert utilities.some_classes(labels, 20, 1)[0] is None
-
-
-def test_a_configuration_for_all_classes_is_read_as_it_was_saved(tmp_path):
-    config = utilities.Config(n_classes=None, workers=2)
-    config.save(tmp_path / 'config.json')
-    assert utilities.Config.load(tmp_path / 'config.json') == config and config.override(n_classes=None) == config
-    with pytest.raises(ValueError, match="Config has no field 'n_clases'"):
-        config.override(n_clases=None)
 
 
 @pytest.mark.parametrize('choice', [{'head_norm': True}, {'distil': 1.}])

@@ -1,307 +1,415 @@
-"""fit: what it writes, that it repeats itself, that it goes on where it was stopped."""
-import dataclasses
+"""The loop: what a run writes, that it repeats itself, and what it does with broken images, numbers and processes."""
 import json
-import multiprocessing
+import math
 import os
-import random
+import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from jupyter_client.manager import start_new_kernel
+from runs import CONFIG, SAVING, before_step, is_one_sentence, new_model, press_stop_before, same, small_model, weights
 
-import demo
-import utilities
+from guie import training
+from guie.checkpoints import load_run, open_checkpoint
+from guie.config import Config
+from guie.datasets import read_dataset
+from guie.distributed import Stopped
+from guie.embedding import embed
+from guie.files import state_hash
+from guie.images import ImageDataset, loader
+from guie.model import Embedder, SubcenterHead, param_groups
+from guie.resume import Progress, is_whole, saved_states
+from guie.towers import load_image_tower
+from guie.training import fit, learning_rate_share, optimiser_step, prepare
 
-CONFIG = utilities.Config(**demo.settings({'image_size': 32})).override(
-    batch_size=8, effective_batch=16, n_classes=100, epochs=3, warmup_steps=2, embedding_dim=32, save_minutes=1000)
-
-
-def new_model(config=CONFIG, n_classes=12):
-    tower = utilities.load_image_tower(config.model_name, config.pretrained, config.image_size)
-    return utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, n_classes, dim=config.embedding_dim,
-                                                             seed=config.head_seed))
-
-
-def weights(run):
-    return load_file(run / 'model.safetensors')
-
-
-def same(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first | second)
+HALF = SAVING.override(epochs=2, precision='fp16', checkpoint_activations=True)
 
 
-def train_in_a_child(config, train, run):
-    child = multiprocessing.get_context('spawn').Process(target=_child, args=(config, train, run))
-    child.start()
-    return child
-
-
-def _child(config, train, run):
-    utilities.fit(config, new_model(config), train, run)
-
+# What a run is
 
 def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
     fitted = new_model()
-    utilities.fit(CONFIG, fitted, train, tmp_path / 'run')
-    made = {path.name for path in (tmp_path / 'run').iterdir()}
-    assert made >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
+    fit(CONFIG, fitted, train, tmp_path / 'run')
+    assert {path.name for path in (tmp_path / 'run').iterdir()} >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
     log = pd.read_csv(tmp_path / 'run/log.csv')
     assert list(log.columns) == ['step', 'loss', 'lr', 'images/s'] and log['step'].tolist() == list(range(1, 13))
     assert log['loss'].iloc[-4:].mean() < log['loss'].iloc[:4].mean()
-    assert utilities.Config.load(tmp_path / 'run/config.json') == CONFIG
-    model = utilities.load_run(tmp_path / 'run')
+    assert Config.load(tmp_path / 'run/config.json') == CONFIG
+    model = load_run(tmp_path / 'run')
     assert model.spec.image_size == 32 and model.spec.activation == 'gelu'
-    vectors = utilities.embed(model, train)
+    vectors = embed(model, train)
     assert vectors.shape == (72, 32) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert np.array_equal(vectors, utilities.embed(fitted, train))  # so it scores the same too
+    assert np.array_equal(vectors, embed(fitted, train))  # so it scores the same too
 
 
-def test_one_seed_gives_one_result_and_another_seed_another(train, tmp_path):
+def test_the_hash_of_the_weights_is_printed_and_the_same_for_the_same_seed_alone(train, tmp_path, capsys):
+    printed = []
     for name, seed in (('a', 5), ('b', 5), ('c', 6)):
-        torch.manual_seed(hash(name) % 1000)
-        utilities.fit(CONFIG.override(seed=seed, epochs=1, augmentation='cutout'), new_model(), train, tmp_path / name)
-    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
-    assert not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
+        torch.manual_seed(len(printed))  # of no consequence
+        fit(CONFIG.override(seed=seed, epochs=1, augmentation='cutout'), new_model(), train, tmp_path / name)
+        line, = [line for line in capsys.readouterr().out.splitlines() if 'hash of the weights' in line]
+        assert line == f'{name}: hash of the weights {state_hash(weights(tmp_path / name))}'
+        printed.append(line.split()[-1])
+    assert printed[0] == printed[1] != printed[2]
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b')) and not same(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
 
 
-def test_a_run_killed_at_any_step_goes_on_bit_for_bit(train, tmp_path, capsys):
-    config = CONFIG.override(save_minutes=0, augmentation='cutout')
-    utilities.fit(config, new_model(), train, tmp_path / 'whole')
-    child = train_in_a_child(config, train, tmp_path / 'killed')
-    step = random.randint(1, 8)  # another one every time
-    wait_for(lambda: any((tmp_path / 'killed/state').glob(f'step-{step:08d}')), child)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    assert not (tmp_path / 'killed/model.safetensors').exists()
-    utilities.fit(config, new_model(), train, tmp_path / 'killed')
-    assert 'killed: going on from step-' in capsys.readouterr().out
-    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed')), f'killed after step {step}'
-    assert pd.read_csv(tmp_path / 'killed/log.csv')['step'].tolist() == list(range(1, 13))
-
-
-def wait_for(condition, child, seconds=120):
-    until = time.time() + seconds
-    while not condition():
-        assert child.is_alive() and time.time() < until, 'the child ended before it could be killed'
-        time.sleep(.005)
-
-
-def test_a_truncated_newest_state_falls_back_to_the_one_before(train, tmp_path, capsys):
-    config = CONFIG.override(save_minutes=0)
-    utilities.fit(config, new_model(), train, tmp_path / 'run')
-    expected = weights(tmp_path / 'run')
-    newest = max((tmp_path / 'run/state').glob('step-*'))
-    (newest / 'model.safetensors').write_bytes((newest / 'model.safetensors').read_bytes()[:100])
-    utilities.fit(config, new_model(), train, tmp_path / 'run')
-    assert 'trying the one before' in capsys.readouterr().out
-    assert same(expected, weights(tmp_path / 'run'))
-
-
-def test_a_time_budget_stops_cleanly_and_the_next_call_finishes(train, tmp_path):
-    whole, parts = CONFIG.override(epochs=1), CONFIG.override(epochs=1, max_hours=1e-9)
-    utilities.fit(whole, new_model(), train, tmp_path / 'whole')
-    with pytest.raises(utilities.Stopped, match='run it again'):
-        utilities.fit(parts, new_model(), train, tmp_path / 'parts')
-    utilities.fit(whole, new_model(), train, tmp_path / 'parts')
-    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
-
-
-def test_another_configuration_does_not_go_on_in_the_same_folder(train, tmp_path):
-    utilities.fit(CONFIG.override(epochs=1), new_model(), train, tmp_path / 'run')
-    with pytest.raises(ValueError, match='another configuration .head_lr'):
-        utilities.fit(CONFIG.override(epochs=1, head_lr=1.), new_model(), train, tmp_path / 'run')
-
-
-def test_two_runs_cannot_write_into_one_folder(train, tmp_path):
-    with utilities.run_lock(tmp_path / 'run'), pytest.raises(RuntimeError, match='Another run is writing'):
-        utilities.fit(CONFIG, new_model(), train, tmp_path / 'run')
-
-
-def test_the_best_state_on_selection_data_is_kept(train, tmp_path, monkeypatch):
-    scores, modes, step = iter([.1, .9, .3, .2, .1, .1, .1]), [], utilities.optimiser_step
+def test_the_best_weights_on_selection_data_are_kept(train, tmp_path, monkeypatch):
+    scores, modes, step = iter([.1, .9, .3, .2, .1, .1, .1]), [], training.optimiser_step
 
     def validate(model):
         modes.append(model.training)
         return next(scores)
 
-    def watched(accelerator, model, *rest):
-        modes.append(model.training)
-        return step(accelerator, model, *rest)
+    def watched(run, *rest):
+        modes.append(run.model.training)
+        return step(run, *rest)
 
-    monkeypatch.setattr(utilities, 'optimiser_step', watched)
-    utilities.fit(CONFIG.override(validate_every=2), new_model(), train, tmp_path / 'run', validate)
+    monkeypatch.setattr(training, 'optimiser_step', watched)
+    fit(CONFIG.override(validate_every=2), small_model(), train, tmp_path / 'run', validate)
     assert modes == [True, True, False] * 6  # dropout in every step, in no score; the last step is scored once
-    metadata = utilities.open_checkpoint(tmp_path / 'run/model.safetensors').metadata
+    metadata = open_checkpoint(tmp_path / 'run/model.safetensors').metadata
     assert json.loads(metadata['step']) == 4 and json.loads(metadata['score']) == pytest.approx(.9)
 
 
-def test_a_run_that_was_stopped_is_no_ingredient_yet_and_what_it_found_best_comes_along(train, tmp_path):
-    scores, config = iter([.5, .9, .3, .1]), CONFIG.override(epochs=1, validate_every=1, max_hours=0)
-    for _ in range(2):
-        with pytest.raises(utilities.Stopped):
-            utilities.fit(config, new_model(), train, tmp_path / 'h_run', lambda model: next(scores))
-    with pytest.raises(FileNotFoundError, match='no finished run of h'):
-        utilities.find_ingredients(tmp_path, ['h'])
-    (tmp_path / 'input').mkdir()
-    (tmp_path / 'h_run').rename(tmp_path / 'input/h_run')
-    utilities.fit(config.override(max_hours=1.), new_model(), train, tmp_path / 'h_run', lambda model: next(scores),
-                  search=(tmp_path / 'input',))
-    assert utilities.find_ingredients(tmp_path, ['h']) == {'h': [tmp_path / 'h_run']}
-    assert json.loads(utilities.open_checkpoint(tmp_path / 'h_run').metadata['step']) == 2
-    assert not (tmp_path / 'h_run' / utilities.BEST).exists()
-
-
-def test_other_photographs_do_not_go_on_in_the_same_folder(train, tmp_path):
-    with pytest.raises(utilities.Stopped):
-        utilities.fit(CONFIG.override(max_hours=0), new_model(), train, tmp_path / 'run')
-    other = train.drop(train.index[0])
-    with pytest.raises(ValueError, match='a run on other photographs .digest .*: give this run another name'):
-        utilities.fit(CONFIG, new_model(), other, tmp_path / 'run')
-
-
 def test_every_run_in_a_kernel_has_the_precision_of_its_own_configuration(train, tmp_path, monkeypatch):
-    used, step = [], utilities.optimiser_step
-    monkeypatch.setattr(utilities, 'optimiser_step', lambda accelerator, *rest: used.append(
-        accelerator.mixed_precision) or step(accelerator, *rest))
-    for precision in ('no', 'bf16'):
-        utilities.fit(CONFIG.override(epochs=1, precision=precision), new_model(), train, tmp_path / precision)
-    assert used == ['no'] * 4 + ['bf16'] * 4
-
-
-def test_an_unreadable_photograph_is_replaced_counted_and_listed(train, tmp_path, capsys):
-    broken = tmp_path / 'broken.jpg'
-    broken.write_bytes(b'')
-    frame = train.copy()
-    frame.loc[0, 'path'] = str(broken)
-    utilities.fit(CONFIG.override(epochs=1), new_model(), frame, tmp_path / 'run')
-    assert (tmp_path / 'run/unreadable.txt').read_text().split() == [str(broken)]
-    assert '1 photographs could not be read' in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run(train, tmp_path):
-    model = new_model()
-    with torch.no_grad():
-        model.head.centers.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='lower head_lr'):
-        utilities.fit(CONFIG, model, train, tmp_path / 'run')
+    used, step = [], training.optimiser_step
+    monkeypatch.setattr(training, 'arcface_loss', lambda cosine, *rest, loss=training.arcface_loss: (
+        used.append(torch.is_autocast_enabled('cpu')), loss(cosine, *rest))[1])
+    monkeypatch.setattr(training, 'optimiser_step', lambda run, *rest: (used.append(run.half), step(run, *rest))[1])
+    models = {precision: new_model() for precision in ('fp16', 'bf16', 'no')}
+    products = {}
+    for precision, model in models.items():
+        model.tower.transformer.resblocks[0].register_forward_hook(
+            lambda module, given, made, precision=precision: products.setdefault(precision, module.mlp.c_fc(made).dtype))
+        fit(CONFIG.override(epochs=1, precision=precision), model, train, tmp_path / precision)
+    assert list(dict.fromkeys(half for half in used if half is not False)) == [torch.float16, torch.bfloat16, None]
+    assert products == {'fp16': torch.float16, 'bf16': torch.bfloat16, 'no': torch.float32}
+    assert used.count(False) == 3 * 8  # the loss is computed in float32
 
 
 def test_a_head_of_another_size_is_refused_before_anything_is_written(train, tmp_path):
     with pytest.raises(ValueError, match='12 classes'):
-        utilities.fit(CONFIG, new_model(n_classes=5), train, tmp_path / 'run')
+        fit(CONFIG, small_model(classes=5), train, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
 
-def test_accumulated_batches_equal_one_large_batch(train, tmp_path):
-    frame = train
-    gradients = []
-    for batch in (8, 16):
-        model = new_model(CONFIG).eval()  # without dropout
-        accelerator = utilities.Accelerator(cpu=True)
-        config = CONFIG.override(batch_size=batch, clip_norm=1e9)  # a clipped gradient would hide its scale
-        optimiser = torch.optim.SGD(model.parameters(), lr=.1)
-        wrapped, optimiser = accelerator.prepare(model, optimiser)
-        wrapped.eval()
-        photos = utilities.Photos(frame, 32, targets=np.unique(frame['label'], return_inverse=True)[1])
-        batches = list(utilities.loader(photos, batch, train=True))[:16 // batch]
-        utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3), config)
-        gradients.append(model.state_dict())
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
+def test_fewer_images_than_a_step_takes_are_one_sentence(train, tmp_path):
+    with pytest.raises(ValueError, match='72 images do not fill one step of 80; lower effective_batch') as error:
+        fit(CONFIG.override(effective_batch=80), small_model(), train, tmp_path / 'run')
+    assert is_one_sentence(error)
 
 
-def test_each_class_trains_with_the_margin_of_its_own_number_of_photographs(train, tmp_path, monkeypatch):
-    labels = sorted(train['label'].unique())
-    most = train['label'].map({labels[3]: 2, labels[7]: 4}).fillna(6)
-    frame = train[train.groupby('label').cumcount() < most].sample(frac=1, random_state=0)
-    seen, loss = [], utilities.arcface_loss
-    monkeypatch.setattr(utilities, 'arcface_loss', lambda cosine, targets, margins, scale: (
-        seen.append(margins.tolist()), loss(cosine, targets, margins, scale))[1])
-    utilities.fit(CONFIG.override(epochs=1, margin_min=.1, margin_width=.3), new_model(), frame, tmp_path / 'run')
-    expected = np.full(12, .1)
-    expected[3], expected[7] = .4, .1 + .3 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
-    assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
+def test_images_in_a_read_only_folder_are_trained_on_and_nothing_is_written_there(tiny_world, tmp_path):
+    shutil.copytree(tiny_world, tmp_path / 'data')
+    folders = [tmp_path / 'data', *(path for path in (tmp_path / 'data').rglob('*') if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / 'data').rglob('*'))]
+    frame = read_dataset(tmp_path / 'data/train.csv')
+    fit(SAVING, small_model(), frame, tmp_path / 'run')
+    embed(small_model(), frame.head(4))
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / 'data').rglob('*'))]
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+# A step
+
+def one_step(train, config, optimiser=torch.optim.SGD, **options):
+    """The model after one step of 16 images, without dropout."""
+    model = new_model()
+    run = prepare(Accelerator(cpu=True), config, model, None, Progress(), 1)
+    run.optimiser = optimiser(model.parameters(), **options)
+    run.wrapped.eval()
+    dataset = ImageDataset(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
+    batches = list(loader(dataset, config.batch_size, train=True))[:16 // config.batch_size]
+    assert optimiser_step(run, batches, torch.full((12,), .3))[1]
+    return model
+
+
+def test_accumulated_batches_equal_one_large_batch(train):
+    config = CONFIG.override(max_grad_norm=1e9)  # a clipped gradient would hide its scale
+    many, one = (one_step(train, config.override(batch_size=size), lr=.1).state_dict() for size in (8, 16))
+    assert all(torch.allclose(many[name], one[name], atol=1e-6) for name in one)
+    assert not same(one, new_model().state_dict())
+
+
+@pytest.mark.parametrize('most', [.01, .1])
+def test_a_large_gradient_is_clipped_to_the_norm_that_is_set(train, most):
+    after = one_step(train, CONFIG.override(batch_size=16, max_grad_norm=most), lr=1.).parameters()
+    changes = [(new - old).norm() for new, old in zip(after, new_model().parameters())]
+    assert torch.stack(changes).norm().item() == pytest.approx(most, rel=1e-3)
 
 
 def test_the_optimiser_takes_the_learning_rate_and_decay_of_each_group():
-    config, model = CONFIG.override(bands=((3, 1e-5), (6, 1e-4)), tower_decay=.02, head_decay=.003), new_model()
-    _, optimiser, _ = utilities.prepare_training(utilities.Accelerator(cpu=True), model, config, steps=10)
-    groups = utilities.param_groups(model, config)
+    config = CONFIG.override(layer_lrs=((3, 1e-5), (6, 1e-4)), tower_weight_decay=.02, head_weight_decay=.003)
+    model = new_model()
+    optimiser = prepare(Accelerator(cpu=True), config, model, None, Progress(), 10).optimiser
+    groups = param_groups(model, config)
     assert len(groups) == len(optimiser.param_groups) >= 5
     for group, taken in zip(groups, optimiser.param_groups):
         assert (taken['initial_lr'], taken['weight_decay']) == (group['lr'], group['weight_decay'])
         assert [id(parameter) for parameter in taken['params']] == [id(parameter) for parameter in group['params']]
 
 
-@pytest.mark.parametrize('clip_norm', [.01, .1])
-def test_a_large_gradient_is_clipped_to_the_norm_that_is_set(train, clip_norm):
-    model = new_model()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    accelerator = utilities.Accelerator(cpu=True)
-    wrapped, optimiser = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.))
-    photos = utilities.Photos(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
-    batches = list(utilities.loader(photos, 16, train=True))[:1]
-    utilities.optimiser_step(accelerator, wrapped, optimiser, batches, torch.full((12,), .3),
-                             CONFIG.override(clip_norm=clip_norm))
-    changes = [(after - start).norm() for after, start in zip(model.parameters(), before)]
-    assert torch.stack(changes).norm().item() == pytest.approx(clip_norm, rel=1e-3)
-
-
-def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weights(train, tmp_path):
-    model = new_model().eval()
-    first = utilities.embed(model, train, cache=tmp_path / 'v.npz')
-    with np.load(tmp_path / 'v.npz') as kept:
-        assert kept['paths'].tolist() == train['path'].tolist() and np.array_equal(kept['vectors'], first)
-    np.savez(tmp_path / 'v.npz', **{**np.load(tmp_path / 'v.npz'), 'vectors': first * 0})
-    assert not utilities.embed(model, train, cache=tmp_path / 'v.npz').any()
-    backwards = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
-    assert np.allclose(backwards, first[::-1], atol=1e-6)
-    model.spec = dataclasses.replace(model.spec, activation='quick_gelu')  # as of a corrected tag
-    assert utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz').any()
-    model.mean += 1
-    other = utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz')
-    assert not np.allclose(other, backwards, atol=1e-6)
-    with torch.no_grad():
-        model.tower.proj.mul_(1.1)
-        model.tower.proj[0, 0] += 1
-    assert not np.allclose(utilities.embed(model, train.iloc[::-1], cache=tmp_path / 'v.npz'), other, atol=1e-6)
-
-
-def test_an_unreadable_photograph_has_the_vector_of_a_black_square_and_is_named(train, tmp_path, capsys):
-    (tmp_path / 'broken.jpg').write_bytes(b'not a photograph')
-    Image.new('RGB', (40, 30)).save(tmp_path / 'black.png')
-    model, frame = new_model().eval(), train.head(4).copy()
-    frame.loc[2, 'path'] = str(tmp_path / 'broken.jpg')
-    vectors = utilities.embed(model, frame)
-    assert f'1 photographs could not be read, first {tmp_path}/broken.jpg' in capsys.readouterr().out
-    frame.loc[2, 'path'] = str(tmp_path / 'black.png')
-    assert np.allclose(vectors, utilities.embed(model, frame), atol=1e-6)
-    with pytest.raises(OSError, match='More than 0 photos .max_unreadable. cannot be read'):
-        utilities.embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
-
-
-def test_photographs_kept_for_many_models_must_have_their_size(train):
-    model, photos = new_model().eval(), utilities.keep_pixels({'train': train}, 32)
-    assert np.array_equal(utilities.embed(model, photos['train']), utilities.embed(model, train))
-    with pytest.raises(ValueError, match='read at 16 pixels, and the model takes 32'):
-        utilities.embed(model, utilities.Photos(train, 16))
-
-
 def test_the_learning_rate_warms_up_then_falls_to_zero():
-    shares = [utilities.learning_rate_share(step, 100, 10) for step in range(101)]
+    shares = [learning_rate_share(step, 100, 10) for step in range(101)]
     assert shares[0] > 0 and np.argmax(shares) == 10 and shares[10] == 1 and shares[100] == pytest.approx(0, abs=1e-9)
 
 
+def test_each_class_trains_with_the_margin_of_its_own_number_of_images(train, tmp_path, monkeypatch):
+    labels = sorted(train['label'].unique())
+    most = train['label'].map({labels[3]: 2, labels[7]: 4}).fillna(6)
+    frame = train[train.groupby('label').cumcount() < most].sample(frac=1, random_state=0)
+    seen, loss = [], training.arcface_loss
+    monkeypatch.setattr(training, 'arcface_loss', lambda cosine, targets, margins, scale: (
+        seen.append(margins.tolist()), loss(cosine, targets, margins, scale))[1])
+    fit(CONFIG.override(epochs=1, margin_min=.1, margin_width=.3), small_model(), frame, tmp_path / 'run')
+    expected = np.full(12, .1)
+    expected[3], expected[7] = .4, .1 + .3 * (4 ** -.25 - 6 ** -.25) / (2 ** -.25 - 6 ** -.25)
+    assert seen and all(margins == pytest.approx(expected, abs=1e-6) for margins in seen)
+
+
 def test_batch_norm_keeps_its_pretrained_statistics(train, tmp_path):
-    tower = utilities.load_image_tower('timm:test_efficientnet', 'random', 32)
+    tower = load_image_tower('timm:test_efficientnet', 'random', 32)
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-    model = utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, 12, dim=32))
-    utilities.fit(CONFIG.override(epochs=1), model, train, tmp_path / 'run')
+    fit(CONFIG.override(epochs=1), Embedder(tower, SubcenterHead(tower.spec.width, 12, dim=32)), train, tmp_path / 'run')
     changed = {name for name, tensor in tower.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any('weight' in name for name in changed)
     assert not [name for name in changed if 'running' in name or 'num_batches' in name]
+
+
+@pytest.mark.parametrize('start', [0, 16, 48])
+def test_the_images_of_a_step_are_the_same_on_any_number_of_processes(train, start):
+    dataset, orders = ImageDataset(train, 32), []
+    for processes in (1, 2, 4):
+        parts = [[batch['index'].tolist() for batch in loader(
+            dataset, 16 // processes, train=True, epoch=1, start=start, rank=rank, processes=processes)]
+            for rank in range(processes)]
+        orders.append([sorted(sum(step, [])) for step in zip(*parts)])
+    assert orders[0] == orders[1] == orders[2]
+
+
+# fp16, the precision of a T4
+
+def watch_half(monkeypatch, scale=2. ** 17):
+    """A list that gets a row each optimiser step of fit: loss, whether the weights moved, whether it says so, the scale."""
+    seen, step, scaler = [], training.optimiser_step, torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled))
+
+    def watched(run, *rest):
+        before = [parameter.detach().clone() for parameter in run.model.parameters()]
+        loss, says = step(run, *rest)
+        moved = any(not torch.equal(old, new) for old, new in zip(before, run.model.parameters()))
+        seen.append(SimpleNamespace(loss=loss, moved=moved, says=says, scale=run.scaler.get_scale()))
+        return loss, says
+
+    monkeypatch.setattr(training, 'optimiser_step', watched)
+    return seen
+
+
+def check_half(seen, log):
+    """What test_a_gradient_too_large_for_fp16… claims, for a run of one process or several."""
+    moved = np.array([step.moved for step in seen])
+    assert [step.says for step in seen] == moved.tolist() and all(math.isfinite(step.loss) for step in seen)
+    assert 1 <= moved.argmax() <= 5 and moved[-3:].all()  # skipped until the scale fits
+    assert [step.scale for step in seen] == (2. ** (17 - (~moved).cumsum())).tolist()
+    assert (log['lr'].diff().iloc[1:] != 0).tolist() == moved[1:].tolist()  # the rate that the next step takes
+
+
+def test_a_gradient_too_large_for_fp16_lowers_the_scale_and_leaves_weights_and_learning_rate(train, tmp_path, monkeypatch):
+    seen = watch_half(monkeypatch)  # the gradients of this run overflow down to about 2 ** 15
+    fit(HALF, new_model(), train, tmp_path / 'run')
+    check_half(seen, pd.read_csv(tmp_path / 'run/log.csv'))
+    assert not (tmp_path / 'run/not_finite.txt').exists()
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_the_run(train, tmp_path, monkeypatch):
+    watch_half(monkeypatch, scale=4.)
+    model = new_model()
+    model.tower.conv1.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match='gradient was not finite in 2 steps'):
+        fit(HALF.override(max_skipped=1), model, train, tmp_path / 'run')
+    assert len((tmp_path / 'run/not_finite.txt').read_text().splitlines()) == 2 * 16  # scales 4 and 2 were tried before
+
+
+# Images and numbers
+
+def broken(train, folder, rows):
+    """The table with unreadable files in some rows, and their paths."""
+    frame = train.copy()
+    for row in rows:
+        (folder / f'broken{row:03d}.jpg').write_bytes(b'not an image')
+        frame.loc[row, 'path'] = str(folder / f'broken{row:03d}.jpg')
+    return frame, sorted(frame.loc[list(rows), 'path'])
+
+
+def test_an_unreadable_image_is_replaced_counted_and_listed(train, tmp_path, capsys):
+    frame, paths = broken(train, tmp_path, [0])
+    fit(CONFIG.override(epochs=1, effective_batch=72), small_model(), frame, tmp_path / 'run')
+    assert (tmp_path / 'run/unreadable.txt').read_text().splitlines() == paths
+    assert '1 images could not be read and were replaced by others of their class' in capsys.readouterr().out
+
+
+def test_unreadable_images_are_listed_at_each_state_and_over_sessions(train, tmp_path, monkeypatch):
+    frame, paths = broken(train, tmp_path, range(0, 72, 9))
+    before_step(monkeypatch, press_stop_before(3))
+    with pytest.raises(Stopped):
+        fit(SAVING.override(epochs=2), small_model(), frame, tmp_path / 'run')
+    before = (tmp_path / 'run/unreadable.txt').read_text().splitlines()
+    assert before and set(before) <= set(paths)
+    fit(SAVING.override(epochs=2), small_model(), frame, tmp_path / 'run')
+    after = (tmp_path / 'run/unreadable.txt').read_text().splitlines()
+    assert set(before) <= set(after) and after == sorted(set(after)) and set(after) <= set(paths)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_when_no_image_can_be_read_the_run_stops_early_and_lists_them(train, tmp_path, workers):
+    frame, paths = broken(train, tmp_path, range(72))
+    with pytest.raises(OSError, match='More than 9 images .max_unreadable. cannot be read; the last') as error:
+        fit(SAVING.override(max_unreadable=9, workers=workers), small_model(), frame, tmp_path / 'run')
+    assert '\n' not in str(error.value)
+    listed = (tmp_path / 'run/unreadable.txt').read_text().splitlines()
+    # A worker reads ahead while the main process counts, so that it may have listed a few more by then.
+    assert set(listed) <= set(paths) and (len(listed) == 10 if workers == 0 else 10 <= len(listed) < 72)
+    assert not (tmp_path / 'run/model.safetensors').exists()
+
+
+def spoil(monkeypatch, value, calls):
+    """Multiplies the loss of some batches, counted from 0, by a value."""
+    loss, count = training.arcface_loss, iter(range(10**6))
+    monkeypatch.setattr(training, 'arcface_loss', lambda *given: loss(*given) * (value if calls(next(count)) else 1))
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out_and_its_images_named(train, tmp_path, monkeypatch, capsys, value):
+    spoil(monkeypatch, value, lambda call: call == 3)  # of the second step, the second batch
+    fit(SAVING, small_model(), train, tmp_path / 'run')
+    named = [line.split('\t') for line in (tmp_path / 'run/not_finite.txt').read_text().splitlines()]
+    assert len(named) == 16 and {step for step, _ in named} == {'step 2'}
+    order = np.random.default_rng([SAVING.seed, 0]).permutation(72)[16:32]
+    assert [path for _, path in named] == train['path'].iloc[order].tolist()
+    assert 'step 2: loss or gradient not finite, left out; its images are in' in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / 'run').values())
+    assert np.isnan(pd.read_csv(tmp_path / 'run/log.csv')['loss']).tolist() == [False, True, False, False]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(train, tmp_path, monkeypatch):
+    clip, calls, states = torch.nn.utils.clip_grad_norm_, iter(range(100)), []
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *given: clip(*given) * (
+        math.inf if next(calls) == 1 else 1))
+    model = small_model()
+    before_step(monkeypatch, lambda number: states.append({k: v.clone() for k, v in model.state_dict().items()}))
+    fit(SAVING, model, train, tmp_path / 'run')
+    assert same(states[1], states[2]) and not same(states[0], states[1]) and not same(states[2], states[3])
+    assert len((tmp_path / 'run/not_finite.txt').read_text().splitlines()) == 16
+
+
+def test_more_skipped_steps_than_allowed_stop_the_run_and_the_last_state_stays(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil(patch, math.nan, lambda call: call >= 2)
+        with pytest.raises(FloatingPointError, match='in 2 steps .max_skipped is 1.*not_finite.txt, lower head_lr') as error:
+            fit(SAVING.override(max_skipped=1), small_model(), train, tmp_path / 'run')
+    assert is_one_sentence(error)
+    assert len((tmp_path / 'run/not_finite.txt').read_text().splitlines()) == 32
+    fit(SAVING, small_model(), train, tmp_path / 'run')
+    assert (tmp_path / 'run/model.safetensors').exists()
+
+
+def test_weights_that_are_not_numbers_stop_the_run(train, tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.head.centers.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match='lower head_lr'):
+        fit(CONFIG, model, train, tmp_path / 'run')
+
+
+# Processes, memory and the stop button
+
+def test_a_gpu_that_runs_out_of_memory_is_one_sentence_and_the_last_state_stays(train, tmp_path, monkeypatch):
+    def fill(step):
+        if step == 3:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.')
+
+    before_step(monkeypatch, fill)
+    with pytest.raises(MemoryError, match='ran out of memory at batch_size 8: halve it .* resumes from its last state') as error:
+        fit(SAVING, small_model(), train, tmp_path / 'run')
+    assert is_one_sentence(error) and saved_states(tmp_path / 'run/state')[0].name == 'step-00000002'
+
+
+def test_a_killed_worker_is_one_sentence_and_the_run_resumes_from_its_last_state(train, tmp_path, monkeypatch):
+    config = SAVING.override(workers=1, augmentation='cutout')
+    fit(config, small_model(), train, tmp_path / 'whole')
+
+    def children():
+        return {int(child) for child in Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()}
+
+    def kill_the_worker(step):
+        if step == 3:
+            worker, = children() - before
+            os.kill(worker, signal.SIGKILL)
+            signal.sigtimedwait([], 10)  # until the loader is told
+
+    before = children()
+    before_step(monkeypatch, kill_the_worker)
+    with pytest.raises(Stopped, match='a data-loading process was killed.*workers lower.*its last state') as error:
+        fit(config, small_model(), train, tmp_path / 'run')
+    assert is_one_sentence(error)
+    fit(config, small_model(), train, tmp_path / 'run')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+def test_the_stop_button_saves_the_step_and_leaves_a_usable_kernel(train, tmp_path, monkeypatch):
+    config = SAVING.override(save_minutes=1000, augmentation='cutout')
+    fit(config, new_model(), train, tmp_path / 'whole')
+    handler = signal.getsignal(signal.SIGINT)
+    before_step(monkeypatch, press_stop_before(2))
+    with pytest.raises(Stopped, match='it was interrupted after 2 of 4 steps; everything is saved, run it again') as error:
+        fit(config, new_model(), train, tmp_path / 'run')
+    assert is_one_sentence(error) and signal.getsignal(signal.SIGINT) is handler
+    fit(config, new_model(), train, tmp_path / 'run')
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+def test_pressed_twice_the_stop_button_acts_at_once(train, tmp_path, monkeypatch):
+    def press(step):
+        for _ in range(2 * (step == 3)):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.1)  # sooner, it is one press that arrived twice
+
+    before_step(monkeypatch, press)
+    with pytest.raises(KeyboardInterrupt):
+        fit(SAVING, small_model(), train, tmp_path / 'run')
+    assert [state.name for state in saved_states(tmp_path / 'run/state')] == ['step-00000002', 'step-00000001']
+
+
+def test_a_notebook_that_is_interrupted_while_it_trains_keeps_its_state_and_its_kernel(train, tmp_path):
+    train.to_csv(tmp_path / 'train.csv', index=False)
+    code = ("import sys; sys.path.insert(0, 'tests')\nimport pandas as pd, runs, utilities\n"
+            f"frame = pd.read_csv('{tmp_path}/train.csv', dtype=str)\n"
+            f"utilities.fit(runs.CONFIG.override(epochs=10_000), runs.small_model(), frame, '{tmp_path}/run')")
+    manager, kernel = start_new_kernel(kernel_name='python3')
+    try:
+        request, log = kernel.execute(code), tmp_path / 'run/log.csv'
+        while not (log.exists() and log.read_text().count('\n') > 2):
+            while kernel.shell_channel.msg_ready():  # a late answer to start_new_kernel, or that the cell has failed
+                message = kernel.get_shell_msg()
+                assert message['parent_header']['msg_id'] != request, message['content']
+            time.sleep(.05)
+        manager.interrupt_kernel()
+        reply = kernel._recv_reply(request, timeout=60)['content']
+        assert reply['ename'] == 'Stopped' and 'everything is saved, run it again to resume.' in reply['evalue']
+        assert kernel.execute_interactive('assert len(frame) == 72', timeout=60)['content']['status'] == 'ok'
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert is_whole(saved_states(tmp_path / 'run/state')[0])

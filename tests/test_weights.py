@@ -213,17 +213,3 @@ def test_finished_runs_of_attached_outputs_are_ingredients_too_and_nothing_is_wr
         utilities.open_checkpoint(places[2]))
     utilities.write_text(linked / 'scores.csv', 'dim,mp5\n64,.5\n')
     assert sorted(attached.rglob('*')) == before
-
-
-def test_a_submission_is_handed_in_where_kaggle_looks_for_it(tmp_path):
-    made, working = tmp_path / 'submission.zip', tmp_path / 'working'
-    made.write_bytes(b'new')
-    utilities.hand_in(made, working)
-    assert not working.exists()
-    working.mkdir()
-    (working / 'submission.zip').write_bytes(b'old')
-    for _ in range(2):
-        utilities.hand_in(made, working)
-        assert (working / 'submission.zip').read_bytes() == b'new' and len(list(working.iterdir())) == 1
-    utilities.hand_in(working / 'submission.zip', working)
-    assert (working / 'submission.zip').read_bytes() == b'new'

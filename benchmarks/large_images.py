@@ -1,4 +1,4 @@
-"""Photographs of 1600×1200 for the benchmarks: from the folder in PHOTOS, or made here."""
+"""Images of 1600×1200 for the benchmarks: from the folder in PHOTOS, or made here."""
 import os
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SIDES = (1600, 1200)
 
 
 def synthetic(rng, codepoints, width, height):
-    """Uint8 (height, width, 3): drawings over a texture whose detail falls as in photographs (1/f), and sensor noise."""
+    """Uint8 (height, width, 3): drawings over a texture whose detail falls as in natural images (1/f), and sensor noise."""
     picture, octave = np.full((height, width, 3), 128, np.float32), 2
     while octave < width:
         shape = octave * height // width, octave, 3 if octave < 64 else 1  # fine detail is of brightness
@@ -30,22 +30,22 @@ def synthetic(rng, codepoints, width, height):
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def large_photographs(folder, count, sides=SIDES, quality=88, seed=0):
-    """Writes `count` JPEGs; DataFrame path, label, and words on what they are. Photographs found below the folder in PHOTOS
-    are enlarged to these sides (sensor noise added, since enlarging leaves none), else pictures are made."""
+def large_images(folder, count, sides=SIDES, quality=88, seed=0):
+    """Writes `count` JPEGs; DataFrame path, label, and words on what they are. Images found below the folder in PHOTOS
+    are enlarged to these sides (sensor noise added, since enlarging leaves none), else they are made."""
     rng, folder = np.random.default_rng(seed), Path(folder)
     given = sorted(Path(os.environ['PHOTOS']).rglob('*.jpg')) if os.environ.get('PHOTOS') else []
     codepoints = demo.objects()['codepoint'].to_numpy()
     paths = [folder / f'{number}.jpg' for number in range(count)]
     for path in paths:
         if given:
-            photo = Image.open(given[rng.integers(len(given))]).convert('RGB').resize(sides, Image.Resampling.LANCZOS)
-            pixels = np.asarray(photo) + rng.normal(0, 3, (sides[1], sides[0], 3))
+            image = Image.open(given[rng.integers(len(given))]).convert('RGB').resize(sides, Image.Resampling.LANCZOS)
+            pixels = np.asarray(image) + rng.normal(0, 3, (sides[1], sides[0], 3))
             picture = pixels.clip(0, 255).astype(np.uint8)
         else:
             picture = synthetic(rng, codepoints, *sides)
         Image.fromarray(picture).save(path, quality=quality)
     kilobytes = sorted(path.stat().st_size / 1e3 for path in paths)
-    words = (f'{count} JPEGs of {sides[0]}×{sides[1]}, {"photographs enlarged" if given else "made"}, quality {quality}, '
+    words = (f'{count} JPEGs of {sides[0]}×{sides[1]}, {"enlarged" if given else "made"}, quality {quality}, '
              f'{kilobytes[0]:.0f} to {kilobytes[-1]:.0f} kB, median {kilobytes[count // 2]:.0f} kB')
-    return pd.DataFrame({'path': [str(path) for path in paths], 'label': 'photo'}), words
+    return pd.DataFrame({'path': [str(path) for path in paths], 'label': 'image'}), words

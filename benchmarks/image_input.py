@@ -1,9 +1,9 @@
-"""Photographs to batches: JPEGs of 1600×1200 to augmented squares of 224, one process, against the plain way.
+"""Images to batches: JPEGs of 1600×1200 to augmented squares of 224, one process, against the plain way.
 
-    python benchmarks/photo_input.py [--threads 1]
+    python benchmarks/image_input.py [--threads 1]
 
 The plain way is the published recipe's order: decode whole, augment at full size, resize (Pillow, bicubic, antialiased).
-The augmentations are the same functions. 'Decoding alone' is Pillow's, at the scale that read_photo decodes at; a speed
+The augmentations are the same functions. 'Decoding alone' is Pillow's, at the scale that read_image decodes at; a speed
 of 75 % of the most that this leaves (plain time / time of decoding alone) is what the machine is asked for. Checked: the
 evaluation image is within 2/255 (mean) of full decoding; that the augmentations' effects are the right ones is in tests/.
 """
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import large_photos  # noqa: E402
+import large_images  # noqa: E402
 import timing  # noqa: E402
 
-import utilities  # noqa: E402
+from guie.images import AUGMENTATIONS, ImageDataset  # noqa: E402
 
 SIZE = 224
 
@@ -35,15 +36,15 @@ def decode(path):
 def plainly(path, transforms):
     with Image.open(path) as image:
         image = image.convert('RGB')
-    augmented = utilities.v2.Compose([*transforms, utilities.v2.Identity()])(image)
+    augmented = v2.Compose([*transforms, v2.Identity()])(image)
     if isinstance(augmented, torch.Tensor):  # cutout ends as one
-        augmented = utilities.v2.functional.to_pil_image(augmented)
-    return utilities.v2.functional.pil_to_tensor(augmented.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        augmented = v2.functional.to_pil_image(augmented)
+    return v2.functional.pil_to_tensor(augmented.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def works_for(name, frame):
-    """{what: function} that bring all photographs of the frame to one batch."""
-    ours, transforms, epochs = utilities.Photos(frame, SIZE, name), utilities.AUGMENTATIONS[name](), itertools.count()
+    """{what: function} that bring all images of the table to one batch."""
+    ours, transforms, epochs = ImageDataset(frame, SIZE, name), AUGMENTATIONS[name](), itertools.count()
 
     def next_epoch():  # other random draws every time, as for the plain way
         epoch = next(epochs)
@@ -57,7 +58,7 @@ def main():
     options = timing.arguments(__doc__, repeats=4)
     names = ('autoaugment', 'cutout', 'happywhale', 'none')
     with tempfile.TemporaryDirectory() as folder:
-        frame, words = large_photos.large_photographs(folder, 2 if options.quick else 12)
+        frame, words = large_images.large_images(folder, 2 if options.quick else 12)
         works = {'decoding alone': lambda: [decode(path) for path in frame['path']]}
         for name in names:
             works |= works_for(name, frame)

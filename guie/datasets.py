@@ -1,0 +1,221 @@
+"""Data sets: a known set's name, a folder of class folders or a CSV becomes a table of path, label, domain."""
+import os
+from dataclasses import dataclass
+from functools import partial
+from glob import escape as glob_escape
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from guie.files import ATTACHED, attached_folders
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """A data set whose paths say the class."""
+    domain: str
+    telltale: str  # glob that nothing but this set's root satisfies
+    pattern: str   # regex over the whole path below the root, with a group `label` (and perhaps `domain`)
+    example: str   # one image, for people
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set whose label file lists its images."""
+    domain: str
+    telltale: str           # the label file, CSV-like or JSON
+    images: tuple           # columns that name images
+    label: str              # column of the class
+    folders: tuple = ('',)  # where the listed paths may start, relative to the label file
+    path: str = ''          # what a listed name becomes; \g<0> is the name, \1 \2 \3 its first characters
+    sep: str = ','
+    skiprows: int = 0
+    packed: bool = False    # one row lists all images of a class, separated by spaces
+
+
+CLASS_FOLDER, HEX_FOLDERS = r'(?P<label>[^/]+)/.+', r'\1/\2/\3/\g<0>.jpg'
+LANDMARKS = Listing('landmark', 'train.csv', ('id',), 'landmark_id', ('train', ''), HEX_FOLDERS)
+DEEPFASHION = {'folders': ('../Img', '..', 'Img', ''), 'sep': r'\s+', 'skiprows': 1}
+
+DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
+    'products-10k': Listing('packaged', 'train.csv', ('name',), 'class', ('train', 'train/train')),
+    'google-landmarks-v2': LANDMARKS,
+    'google-landmarks-v2-clean': Listing(
+        'landmark', 'train_clean.csv', ('images',), 'landmark_id', ('train', ''), HEX_FOLDERS, packed=True),
+    'landmark-recognition-2020': LANDMARKS,  # Kaggle's copy; it has no column url
+    'stanford-online-products': Listing('furniture', 'Ebay_info.txt', ('path',), 'class_id', sep=' '),
+    'shopee': Listing('packaged', 'train.csv', ('image',), 'label_group', ('train_images',)),
+    'met': Listing('artwork', 'MET_database.json', ('path',), 'id', ('', 'images', '../images', '..')),
+    'deepfashion-in-shop': Listing('apparel', 'list_eval_partition.txt', ('image_name',), 'item_id', **DEEPFASHION),
+    'deepfashion-consumer-to-shop': Listing(
+        'apparel', 'list_eval_partition.txt', ('image_pair_name_1', 'image_pair_name_2'), 'item_id', **DEEPFASHION),
+    'food-101': ClassFolders('dishes', 'meta/classes.txt', f'images/{CLASS_FOLDER}', 'images/apple_pie/1.jpg'),
+    'rp2k': ClassFolders('packaged', 'all/train', f'all/(?:train|test)/{CLASS_FOLDER}', 'all/train/<class>/1.jpg'),
+    'gpr1200': ClassFolders(
+        'general', 'images/[0-9]*_*.jpg', r'images/(?P<label>\d+)_[^/]+', 'images/7_<name>.jpg'),
+    'inaturalist': ClassFolders(
+        'nature', 'train_val*', f'train_val[^/]*/[^/]+/{CLASS_FOLDER}', 'train_val2018/Aves/3174/<id>.jpg'),
+    'inaturalist-2021': ClassFolders(
+        'nature', 'train*/[0-9]*_*_*_*', f'(?:train|train_mini|val)/{CLASS_FOLDER}', 'train/00000_<name>/<id>.jpg'),
+    'stanford-cars': ClassFolders(
+        'cars', 'train/Acura*', f'(?:train|test)/{CLASS_FOLDER}', 'train/Acura RL Sedan 2012/00249.jpg'),
+    'objectnet': ClassFolders(
+        'household', 'mappings/folder_to_objectnet_label.json', f'images/{CLASS_FOLDER}', 'images/bench/<id>.png'),
+    'h-and-m': ClassFolders(  # seven digits of product, three of colour
+        'apparel', 'articles.csv', r'images/\d+/(?P<label>\d{7})\d{3}\.jpg', 'images/010/0108775015.jpg'),
+    'guie-130k': ClassFolders('', 'storefronts', '(?P<label>(?P<domain>[^/]+))/.+', 'toys/<image>.jpg'),
+    'grocery-store': ClassFolders(
+        'packaged', 'train/Fruit', '(?:train|val|test)/(?:[^/]+/)+(?P<label>[^/]+)/[^/]+',
+        'train/Fruit/Avocado/Avocado_001.jpg'),
+}
+
+
+def read_dataset(name_or_path, root=None, *, search=ATTACHED):
+    """Every labelled image of a data set: DataFrame of str columns `path` (absolute), `label`, `domain`.
+    `name_or_path` is a folder of class folders (sorted by path), a CSV `path,label[,domain]` (in its own order, paths
+    relative to `root` or to the CSV's folder), or a key of DATASETS, looked for below `root`, else below `search`. Labels of
+    known sets carry the set's name ('products-10k/17'), so that splits can be concatenated. Without a column `domain` it is
+    the data folder's name. Raises FileNotFoundError for a data root laid out otherwise, ValueError for a label file that
+    cannot be used."""
+    name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
+    if name in DATASETS:
+        layout = DATASETS[name]
+        root = find_root(name, layout, [os.path.abspath(place) for place in ([root] if root else search)])
+        frame = (read_folders if isinstance(layout, ClassFolders) else read_listing)(root, layout)
+        frame['label'] = name + '/' + frame['label']
+    elif os.path.isdir(path):
+        frame = read_folders(path, ClassFolders(os.path.basename(path), '', CLASS_FOLDER, '<class>/<image>.jpg'))
+    elif os.path.isfile(path):
+        root = os.path.abspath(root or os.path.dirname(path))
+        frame = read_listing(root, Listing(os.path.basename(root), path, ('path',), 'label'))
+    else:
+        raise FileNotFoundError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
+                                f'{", ".join(DATASETS)}.')
+    if frame['path'].duplicated().any():
+        check_one_each(frame, 'path', 'label', name_or_path)
+        print(f'{name_or_path}: {frame["path"].duplicated().sum():,} rows repeat an image and were dropped')
+        frame = frame.drop_duplicates('path')
+    check_one_each(frame, 'label', 'domain', name_or_path)
+    return frame.reset_index(drop=True)
+
+
+def find_root(name, layout, places):
+    """The first of the places, or of the folders below them, that holds what gives the data set away."""
+    for folder in attached_folders(places):
+        marks = glob(os.path.join(glob_escape(folder), layout.telltale))
+        if marks and (isinstance(layout, ClassFolders) or
+                      {*layout.images, layout.label} <= {*read_table(marks[0], layout, nrows=0)}):
+            return folder
+    expected = f'images like {layout.example}' if isinstance(layout, ClassFolders) else (
+        f'the columns {", ".join((*layout.images, layout.label))}')
+    found = ' and '.join(map(contents_of, places))
+    raise FileNotFoundError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
+                            'give the folder of the data set as ROOT or root.')
+
+
+def contents_of(folder):
+    """A folder and the first names in it, for an error sentence."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ['no such folder']
+    return f'{folder} ({", ".join(names[:8]) or "empty"})'
+
+
+def read_folders(root, layout):
+    """DataFrame path, label, domain of a set whose paths say the class, sorted by path."""
+    below = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        start = folder[len(root):].replace(os.sep, '/') + '/'
+        below += [start + name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != '.']
+    below = pd.Series(sorted(below), dtype=str)
+    found = below.str.extract(f'^/{layout.pattern}$').assign(path=root + below)
+    frame = found.assign(domain=found.get('domain', layout.domain)).dropna()[['path', 'label', 'domain']]
+    if frame.empty:
+        raise FileNotFoundError(f'Expected images like {layout.example}, found {contents_of(root)}.')
+    return frame
+
+
+def read_listing(root, layout):
+    """DataFrame path, label, domain of a set with a label file, in its order."""
+    file = os.path.join(root, layout.telltale)
+    table = read_table(file, layout)
+    if missing := sorted({*layout.images, layout.label} - {*table}):
+        raise ValueError(f'{file} lacks the column {" and ".join(missing)}; it has {", ".join(table)}.')
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(f'{file} has rows with more fields than columns; quote texts that hold commas.')
+    table['domain'] = table.get('domain', layout.domain)
+    frame = pd.concat([table[[image, layout.label, 'domain']].set_axis(['path', 'label', 'domain'], axis=1)
+                       for image in layout.images], ignore_index=True)
+    empty = frame.isna().any(axis=1)
+    if empty.any():
+        raise ValueError(f'{file}: {empty.sum():,} of {len(frame):,} rows lack a path, label or domain, the '
+                         f'first is row {empty.argmax() + 1} below the header; fill or delete them.')
+    if frame.empty:
+        raise ValueError(f'{file} lists no image: there is no row below the header.')
+    if layout.packed:
+        frame = frame.assign(path=frame['path'].str.split()).explode('path', ignore_index=True)
+    if layout.path:
+        frame['path'] = frame['path'].str.replace(r'^(.?)(.?)(.?).*$', layout.path, regex=True)
+    return frame.assign(path=locate(root, frame['path'], layout.folders, file))
+
+
+def read_table(file, layout, nrows=None):
+    """A label file with str columns. Empty cells are missing; 'NA' and '007' stay what they are."""
+    if file.endswith('.json'):
+        return pd.read_json(file, dtype=False).astype(str)
+    with open(file, 'rb') as stream:
+        utf16 = stream.read(2) in (b'\xff\xfe', b'\xfe\xff')
+    read = partial(pd.read_csv, file, sep=layout.sep, skiprows=layout.skiprows, nrows=nrows, dtype=str,
+                   keep_default_na=False, na_values=[''], skipinitialspace=True)
+    try:
+        try:
+            return read(encoding='utf-16' if utf16 else 'utf-8-sig')
+        except UnicodeDecodeError:
+            return read(encoding='latin-1')  # what spreadsheets in Western Europe write
+    except ValueError as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f'{file} cannot be read as a table: {" ".join(str(error).split())}') from error
+
+
+def locate(root, paths, folders, file):
+    """Absolute paths, in the first of `folders` where a sample of them exists. None may leave that folder."""
+    text = '\n' + '\n'.join(paths)  # one search in C: ten million rows take seconds
+    odd = any(mark in text for mark in ('\\', './', '..', '//', '\n/'))
+    paths = paths.str.replace('\\', '/', regex=False) if odd else paths
+    sample = paths.iloc[np.linspace(0, len(paths) - 1, min(len(paths), 64)).astype(int)]
+    for start in folders:
+        base = os.path.normpath(os.path.join(root, start)).rstrip('/')
+        lost = [path for path in sample if not os.path.exists(os.path.join(base + '/', path))]
+        if len(lost) < len(sample):
+            break
+    full = base + '/' + paths
+    if odd:
+        full = paths.map(lambda path: os.path.normpath(os.path.join(base + '/', path)))
+        if len(outside := full[~full.str.startswith(base + '/')]):
+            raise ValueError(f'{file}: {outside.iloc[0]} leaves the data root {base}; give the folder '
+                             'that holds all images as ROOT or root.')
+    if len(lost) == len(sample):
+        raise FileNotFoundError(f'{file}: expected {full.iloc[0]}, found {contents_of(root)}; give the folder '
+                                'that the paths start from as ROOT or root.')
+    if lost:
+        print(f'{file}: {len(lost)} of {len(sample)} images looked at do not exist, the first is {lost[0]}')
+    return full
+
+
+def check_one_each(frame, column, other, source):
+    """ValueError that names the first value of `column` that stands with two values of `other`."""
+    pairs = frame[[column, other]].drop_duplicates()
+    twice = pairs[pairs.duplicated(column, keep=False)].sort_values([column, other])
+    if len(twice):
+        raise ValueError(f'{source}: the {column} {twice[column].iloc[0]} has two {other}s, '
+                         f'{twice[other].iloc[0]} and {twice[other].iloc[1]}; it can have one.')
+
+
+def list_images(folder):
+    """Every image below a folder, however it is arranged: DataFrame path, label (its folder's name), domain."""
+    paths = sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}).')
+    return pd.DataFrame({'path': paths, 'label': [Path(path).parent.name for path in paths], 'domain': ''})

@@ -1,0 +1,185 @@
+"""One or several GPUs: device, rank and precision of a process; launching several; a stop that waits for the step's end.
+
+Launched processes share a folder with the notebook: files in it say that stop was pressed, and what went wrong."""
+import codecs
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+
+
+class Stopped(Exception):
+    """A run ended before its last step, everything saved: run it again to resume."""
+
+
+ERRORS = {kind.__name__: kind for kind in (Stopped, ValueError, FileNotFoundError, OSError, MemoryError,
+                                           FloatingPointError, KeyboardInterrupt)}
+LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
+
+
+def best_device():
+    """This process's GPU, or the CPU. RuntimeError for a GPU that this PyTorch was not built for."""
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    try:
+        torch.ones(1, device='cuda').add_(1)
+    except RuntimeError as error:
+        raise RuntimeError(f'PyTorch {torch.__version__} cannot use the {torch.cuda.get_device_name()} ({error}): choose '
+                           f'another accelerator, on Kaggle "GPU T4 x2" instead of "GPU P100".') from error
+    return torch.device('cuda')
+
+
+def autocast_dtype(precision):
+    """torch.float16, torch.bfloat16 or None (float32) for Config.precision; 'auto' asks the device."""
+    if precision != 'auto':
+        return {'fp16': torch.float16, 'bf16': torch.bfloat16, 'no': None}[precision]
+    if not torch.cuda.is_available():
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def rank_and_world_size():
+    """(rank, processes) of a launched process; (0, 1) of any other."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return 0, 1
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
+
+
+def processes_here():
+    """How many processes work: one a GPU, or one. Within a launched process it is one, since they are launched already."""
+    return 1 if rank_and_world_size()[1] > 1 else max(1, torch.cuda.device_count())
+
+
+def any_process(accelerator, *flags):
+    """The flags, each true if it is in any process: clocks differ, and all must save or stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flags
+    total = accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=accelerator.device), 'sum')
+    return tuple(value > 0 for value in total.tolist())
+
+
+@contextmanager
+def stop_signal(act=lambda: None):
+    """A list that Ctrl-C or a notebook's stop button fills, so that the step under way can end; the second press interrupts.
+    act() is called at the first press."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        if pressed and time.time() - pressed[0] > 1:  # one press may arrive twice
+            raise KeyboardInterrupt
+        pressed.append(time.time())
+        act()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stop_requested(folder):
+    """In a launched process: whether the notebook asks to stop, or is gone; in any other False."""
+    if 'GUIE_NOTEBOOK' not in os.environ:
+        return False
+    with suppress(psutil.NoSuchProcess):
+        notebook = psutil.Process(int(os.environ['GUIE_NOTEBOOK']))
+        return notebook.status() == psutil.STATUS_ZOMBIE or Path(folder, 'stop').exists()
+    return True
+
+
+def launch(module, folder, processes, *, stops=True):
+    """Runs `python -m module folder` in several processes by accelerate launch; prints what they print as it comes.
+    The stop button asks them to stop after the step under way, pressed twice it ends them; stops=False: the module never
+    looks for stop_requested, and the first press ends it. An error in one of them is raised here as itself; RuntimeError if
+    they could not start or were killed."""
+    folder = Path(folder).absolute()
+    for name in ('stop', 'error.json'):
+        (folder / name).unlink(missing_ok=True)
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(processes),
+               '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
+               '-m', module, str(folder)]
+    home = Path(__file__).resolve().parent.parent
+    environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes)), **os.environ,
+                   'PYTHONPATH': f'{home}{os.pathsep}{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1',
+                   'GUIE_NOTEBOOK': str(os.getpid())}
+    # They write to files: a pipe would break when the notebook is killed, before they have saved.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints, \
+            stop_signal((folder / 'stop').touch) if stops else nullcontext():
+        # A session of its own: a notebook's stop button signals the whole group, and it is passed on as a file.
+        child = subprocess.Popen(command, stdout=output, stderr=complaints, env=environment, start_new_session=True)
+        try:
+            print_output(output, child)
+        finally:
+            end_launched(child)
+            (folder / 'stop').unlink(missing_ok=True)
+        complaints.seek(0)
+        raise_launched_error(folder, child.returncode, complaints.read().decode(errors='replace'), processes)
+
+
+def print_output(file, child):
+    """Prints what a running process writes into a file, until it ends."""
+    decoder, place, running = codecs.getincrementaldecoder('utf-8')('replace'), 0, True
+    while running:
+        running = child.poll() is None
+        while block := os.pread(file.fileno(), 65_536, place):
+            place += len(block)
+            sys.stdout.write(decoder.decode(block))
+            sys.stdout.flush()
+        time.sleep(.1 * running)
+
+
+def end_launched(child):
+    """Ends a launcher that still runs, and its processes, which are in sessions of their own."""
+    if child.poll() is None:
+        launcher = psutil.Process(child.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        child.wait()
+
+
+def raise_launched_error(folder, returncode, complaints, processes):
+    """Raises what launched processes left in error.json, or what they or their launcher complained of."""
+    name, message, file = '', '', folder / 'error.json'
+    if file.exists():
+        name, message = json.loads(file.read_text())
+    lost = LOST.search(message)
+    if name and not lost:
+        raise ERRORS.get(name, RuntimeError)(message)
+    if lost or returncode and re.search(r'SIGKILL|exitcode *: -9', complaints):
+        raise RuntimeError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
+                           f'batch_size and run this cell again; a run resumes from its last state.')
+    if returncode:
+        lines = [line for line in complaints.splitlines() if line.strip() and 'Warning' not in line]
+        told = [line for line in lines if re.match(r'(?!.*ChildFailed)([\w.]+(Error|Exception): |.* error: )', line)]
+        raise RuntimeError(f'{processes} processes could not be started or ended early: {(told or lines or [""])[0][-500:]}')
+
+
+def report_error(folder, work):
+    """In a launched process: work(), and of all processes the first error is left in folder/error.json."""
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        name = type(error).__name__
+        message = str(error) if name in ERRORS else f'{name}: {error}'
+        with suppress(FileExistsError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because it is gone
+            json.dump([name, message], file)
+        raise SystemExit(message) from None
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
+        torch.distributed.destroy_process_group()  # else it warns; gloo, of the CPU, may hang in it (PyTorch 2.6)

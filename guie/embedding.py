@@ -1,0 +1,118 @@
+"""Embedding: images to vectors, kept in files; `accelerate launch -m guie.embedding FOLDER` does it on several GPUs."""
+import json
+import sys
+import tempfile
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
+
+from guie.checkpoints import load_run, save_run
+from guie.config import Config
+from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
+from guie.files import progress_bar, state_hash, whole_file
+from guie.images import ImageDataset, loader
+from guie.retrieval import score_table
+from guie.splits import SELECTION, Splits
+
+WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer than it saves
+
+
+@torch.inference_mode()
+def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None):
+    """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
+    Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a hash
+    of weights and normalisation; it is used again when all agree. known: other such files, which are not written. An
+    unreadable image is named and becomes a black one; more than max_unreadable (as in ImageDataset) raise OSError."""
+    rank, processes = rank_and_world_size()
+    caches = [*filter(None, [cache, *known])]
+    dataset = ImageDataset(frame, model.spec.image_size, max_unreadable=max_unreadable)
+    paths, key = np.array(dataset.paths, str), vectors_hash(model) if caches else ''
+    for file in caches:
+        if (kept := cached_vectors(file, paths, key)) is not None:
+            return kept
+    if not len(dataset):
+        return np.zeros((0, model.spec.width), np.float32)
+    home, device = next(model.parameters()).device, best_device()
+    model.to(device).eval()
+    batches = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
+    with torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
+        vectors = torch.cat([model(batch['image'].to(device)).float()
+                             for batch in progress_bar(batches, desc, leave=False, disable=rank > 0)])
+    model.to(home)
+    if home.type == 'cpu':
+        torch.cuda.empty_cache()  # a notebook's GPU memory is free for what it launches
+    unreadable = dataset.unreadable
+    if processes > 1:  # (processes · each, dim) by rank -> by row
+        vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
+        unreadable = sorted(set(gather_object(unreadable)))
+    vectors = vectors.cpu().numpy()
+    if unreadable and rank == 0:
+        print(f'{len(unreadable)} images could not be read, first {unreadable[0]}; they count as a black square.')
+    if cache and rank == 0:
+        save_vectors(cache, vectors, paths, key)
+    if processes > 1:
+        PartialState().wait_for_everyone()
+    return vectors
+
+
+def vectors_hash(model):
+    """SHA-256 of all of an Embedder that its vectors depend on."""
+    numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
+    spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
+    return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
+
+
+def cached_vectors(file, paths, key):
+    """The vectors in an .npz file that is of these images and this model, or None."""
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as kept:
+        if str(kept['hash' if 'hash' in kept else 'digest']) == key and np.array_equal(kept['paths'], paths):
+            return kept['vectors']
+
+
+def save_vectors(file, vectors, paths, key):
+    """Writes an .npz file for cached_vectors. A disk that refuses costs only the time to embed again."""
+    try:
+        with whole_file(file) as beside:
+            np.savez(beside, vectors=vectors, paths=paths, hash=key)
+    except OSError as error:
+        print(f'{error} These vectors will be computed again the next time.')
+
+
+def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None):
+    """Vectors of several splits by name, on all GPUs, kept under `folder` if given: dict name -> float32 (n, dim).
+    known: a folder that may hold them already, as an attached run's, and is not written."""
+    processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
+    launched = processes > 1 and sum(map(len, images.values())) >= WORTH_LAUNCHING and 'library' in model.spec.architecture
+    with tempfile.TemporaryDirectory() as job:
+        home = folder or (job if launched else None)
+        files = {name: {'cache': home and str(Path(home, f'{name}.npz')),
+                        'known': [str(Path(known, f'{name}.npz'))] if known else []} for name in names}
+        if launched:
+            save_run(job, model, Config(subcenters=getattr(model.head, 'subcenters', 3)))
+            Splits(images).save(Path(job) / 'splits.csv')
+            Path(job, 'files.json').write_text(json.dumps({name: files[name] for name in images}))
+            launch('guie.embedding', job, processes, stops=False)
+        return {name: embed(model, splits[name], desc=name, **files[name]) for name in names}
+
+
+def selection_score(model, splits):
+    """mP@5 of a model at its own width on the selection split."""
+    vectors = {name: embed(model, splits[name], desc=name) for name in SELECTION}
+    return float(score_table('', '', vectors, splits, dims=(None,), split='selection_')['mp5'].iloc[0])
+
+
+def main(folder):
+    """In a launched process: what embed_all wrote into the folder, all processes together."""
+    model, splits = load_run(folder), Splits.load(Path(folder) / 'splits.csv')
+    for name, files in json.loads(Path(folder, 'files.json').read_text()).items():
+        embed(model, splits[name], desc=name, **files)
+
+
+if __name__ == '__main__':
+    report_error(sys.argv[1], lambda: main(sys.argv[1]))

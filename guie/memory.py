@@ -1,0 +1,173 @@
+"""What a training run will take, in memory and on disk, before it starts, and what to change where that is too much.
+
+Shapes alone decide it: the tower makes a forward pass on torch's meta device, whose tensors have no values."""
+import copy
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from guie.model import freeze, resize
+from guie.towers import BLOCK, checkpoint_activations
+
+RESERVE = 2**30  # bytes of a GPU that no tensor gets: CUDA itself, cuBLAS' workspace, gaps between blocks
+# Of the operations that fill a tower, those that torch.autocast computes on a GPU in half precision, and in float32
+IN_HALF = {*'linear conv1d conv2d matmul mm bmm addmm baddbmm einsum'.split(), 'scaled_dot_product_attention',
+           'multi_head_attention_forward'}
+IN_FLOAT = {'layer_norm', 'group_norm', 'softmax'}
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a fused F.scaled_dot_product_attention keeps: query, key, value and output, (…, heads, n, width) each."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        rows = query.transpose(-3, -2)  # the kernels write the heads of a token side by side
+        output = query.new_empty(*rows.shape[:-1], value.shape[-1]).transpose(-3, -2)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+class AsOnGPU(TorchFunctionMode):
+    """Attention is the fused one, and with `half` products are of that dtype, as under torch.autocast."""
+
+    def __init__(self, half):
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.__name__, kwargs or {}
+        dtype = self.half if name in IN_HALF else torch.float32 if name in IN_FLOAT else None
+        if self.half and dtype:
+            args = [value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value for value in args]
+        fused = name == 'scaled_dot_product_attention' and kwargs.get('attn_mask') is None
+        return FusedAttention.apply(*args[:3]) if fused else function(*args, **kwargs)
+
+
+def on_meta(model):
+    """A copy of the model on the meta device; no value is copied on the way."""
+    copies = {id(tensor): torch.empty_like(tensor, device='meta', requires_grad=tensor.requires_grad)
+              for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, copies)  # which takes what it finds there for copied
+
+
+def forward_pass(tower, images, half):
+    """What autograd keeps besides weights: (bytes, {module: [bytes of its input, kept before it ran, kept by it]})."""
+    kept, modules = dict.fromkeys((weight.untyped_storage() for weight in tower.parameters()), 0), {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()  # one object, however many tensors are views of it
+        kept.setdefault(storage, storage.nbytes())
+        return tensor.detach()
+
+    def enter(module, inputs):
+        modules[module] = [sum(value.nbytes for value in inputs if torch.is_tensor(value)), sum(kept.values())]
+
+    def leave(module, inputs, output):
+        modules[module].append(sum(kept.values()) - modules[module][1])
+
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave), \
+            saved_tensors_hooks(keep, lambda tensor: tensor), AsOnGPU(half):
+        tower(images)
+    return sum(kept.values()), modules
+
+
+def activation_bytes(model, config, half):
+    """Bytes of activations at the moment when there are most; the model, on the meta device, is changed."""
+    tower, centers, side = model.tower, model.head.centers, config.image_size
+    images = torch.empty(config.batch_size, 3, side, side, device='meta')
+    kept, modules = forward_pass(tower, images, half)
+    most, copies = kept, 0
+    if config.checkpoint_activations is not False:
+        checkpoint_activations(tower)
+        kept, again = forward_pass(tower, images, half)
+        # What is recomputed as one keeps no more than its input; in the backward pass it has all that it kept at first.
+        most = max([kept, *(before + modules[module][2] for module, (given, before, its) in again.items() if its <= given)])
+        # Autocast's copies of the weights stay until the pass ends; where nothing is recomputed autograd keeps them anyway.
+        copies = sum(weight.numel() * half.itemsize for weight in tower.parameters() if half and weight.requires_grad)
+    # The head has its centres at length 1; then, instead, the gradient of these and four tensors on the way to the centres'.
+    head = max(copies + centers.nbytes, 5 * centers.nbytes) + 24 * len(images) * len(centers)  # six values a cosine
+    # An operation has the gradient of its output and makes those of its input and its weight.
+    gradients = 2 * max(given for given, *_ in modules.values()) + max(weight.nbytes for weight in tower.parameters())
+    return max(kept + head, most + gradients)
+
+
+def memory_plan(model, config, *, processes=1, half=None):
+    """Bytes that one training process needs at most: dict parameters, gradients, optimiser, activations.
+
+    half: dtype of the activations on the device, None for float32. A sharded model's parts are divided by the number of
+    processes, but for what is gathered at a time. The model stays as it is."""
+    model = on_meta(model).train()
+    with torch.device('meta'):
+        resize(model, config.image_size, config.overlap)
+        freeze(model, config.trains)
+        activations = activation_bytes(model, config, half)
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    sizes = {'parameters': sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+             'gradients': trained, 'optimiser': 2 * trained}  # AdamW keeps two values beside each weight
+    if config.shard and processes > 1:
+        blocks = Counter()
+        for name, weight in model.named_parameters():
+            blocks[found[0] if (found := BLOCK.search(name)) else ''] += weight.nbytes
+        sizes = {name: size // processes for name, size in sizes.items()}
+        sizes['parameters'] += blocks.pop('', 0) + 2 * max(blocks.values(), default=0)  # one computes, the next is fetched
+    return sizes | {'activations': activations}
+
+
+def available_memory():
+    """(bytes, words for it) of the smallest GPU, or of this machine where there is none. CUDA is not touched."""
+    if not torch.cuda.device_count():
+        return psutil.virtual_memory().available, 'free on this machine'
+    query = ['nvidia-smi', '--query-gpu=memory.total,name', '--format=csv,noheader,nounits']
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    size, name = min((int(mebibytes) * 2**20, name) for mebibytes, name in (line.split(', ', 1) for line in lines))
+    return size - RESERVE, f'of one {name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
+
+
+def smaller_plans(config, processes):
+    """Changes of a configuration that need less memory, the least change first; the result stays the same."""
+    less = {} if config.checkpoint_activations else {'checkpoint_activations': True}
+    sizes = [size for size in range(config.batch_size // 2, 0, -1)
+             if not (config.effective_batch % size or config.head_norm)]  # which compares the images of a batch
+    changes = [{}, *({'batch_size': size} for size in sizes)]
+    if processes > 1:
+        changes += [{'shard': True}, *({'shard': True, 'batch_size': size} for size in sizes[-1:])]
+    return [less | change for change in changes]
+
+
+def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
+    """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
+    before it starts, if that is too much. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
+    gpus, run_dir = torch.cuda.device_count(), Path(run_dir).absolute()
+    processes, (capacity, words) = processes or gpus or 1, (memory, 'given') if memory else available_memory()
+    half = torch.float16 if gpus and config.precision != 'no' else None
+    config = config.override(checkpoint_activations=gpus > 0) if config.checkpoint_activations is None else config
+
+    def heaviest_stage(change):
+        plans = [memory_plan(model, each, processes=processes, half=half) for each in config.override(**change).each_stage()]
+        return max(plans, key=lambda plan: sum(plan.values()))
+
+    needs = heaviest_stage({})
+    total = sum(needs.values())
+    if total > capacity:
+        fits = (change for change in smaller_plans(config, processes) if sum(heaviest_stage(change).values()) <= capacity)
+        change = next(fits, None)
+        print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
+              + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    disk = disk or shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())).free
+    if 7 * weights > disk:  # these, and two states of thrice their size: one is whole before the one before it goes
+        print(f'{7 * weights / 1e9:.1f} GB do not fit on the disk of {run_dir}, which has {disk / 1e9:.1f}: choose another '
+              'OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves loses its state.'
+                           if 4 * weights <= disk else '.'))
+    rows = {**needs, 'memory in all': total, f'memory {words}': capacity,
+            'two states to go on from, and the weights': 7 * weights, 'disk free': disk}
+    table = pd.DataFrame({'need': list(rows), 'GB': [size / 1e9 for size in rows.values()]})
+    return table.replace({'activations': f'activations, batch of {config.batch_size}'})

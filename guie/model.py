@@ -1,0 +1,162 @@
+"""Model: the head, the Embedder that joins it to a tower, and which parameter learns how fast."""
+import bisect
+import copy
+import math
+import re
+from dataclasses import replace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from guie.towers import load_image_tower, resize_tower, tower_blocks
+
+
+class SubcenterHead(nn.Module):
+    """Linear map to the embedding and several centres a class (Deng 2020, sub-centre ArcFace).
+    `seed` alone decides the initial weights: ingredients of one soup must share them bit for bit. norm: every feature is
+    brought to mean 0 and variance 1 first, over the images of a step while training (5th place)."""
+    DROPOUTS = (.1, .2, .3, .4, .5)  # the five parallel masks of the published head, after one of .1
+
+    def __init__(self, width, n_classes, *, dim=512, subcenters=3, norm=False, seed=5):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.subcenters = subcenters
+        self.norm = nn.BatchNorm1d(width, affine=False) if norm else nn.Identity()
+        self.embedding = nn.Linear(width, dim, bias=False)
+        self.centers = nn.Parameter(torch.empty(n_classes * subcenters, dim))  # row = class · subcenters + centre
+        nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5), generator=generator)
+        nn.init.xavier_uniform_(self.centers, generator=generator)
+
+    def forward(self, features):
+        """(n, width) -> embedding (n, dim), not normalised; dropout while training.
+        The mean of five dropped-out copies through one bias-free map is that map of the mean copy: one pass, not five."""
+        features = self.norm(features)
+        if self.training:
+            mask = sum(F.dropout(torch.ones_like(features), p) for p in self.DROPOUTS) / len(self.DROPOUTS)
+            features = F.dropout(features, .1) * mask
+        return self.embedding(features)
+
+    def cosine(self, embedding):
+        """(n, dim) -> cosine to the nearest centre of every class, float32 (n, n_classes)."""
+        with torch.autocast(embedding.device.type, enabled=False):  # a cosine near 1 has no digits left in fp16
+            cosine = F.normalize(embedding.float()) @ F.normalize(self.centers.float()).T
+        return cosine.unflatten(1, (-1, self.subcenters)).amax(2)
+
+
+class Embedder(nn.Module):
+    """Images to unit vectors: normalise, tower, head's linear map, L2, projection, L2.
+    tower: any module that maps float (n, 3, s, s) to (n, width); `spec` if it has none of its own as tower.spec. head:
+    SubcenterHead or None. projection: nn.Linear or None."""
+
+    def __init__(self, tower, head=None, projection=None, spec=None):
+        super().__init__()
+        spec = spec or getattr(tower, 'spec', None)
+        if spec is None:
+            raise ValueError('The tower does not say its image size, mean and std: pass spec=TowerSpec(…).')
+        self.tower, self.head, self.projection, self.spec = tower, head, projection, spec
+        self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images, classify=False):
+        """uint8 or float 0..255 (n, 3, s, s) -> float32 (n, dim) of length 1; classify: cosines (n, n_classes)."""
+        features = self.tower((images.float() - self.mean) / self.std)
+        return self.head.cosine(self.head(features)) if classify else self.project(features.float())
+
+    def train(self, mode=True):
+        """As nn.Module's, but a tower's BatchNorm keeps the statistics it was pretrained with: those of a few images at a
+        time are noise, and ruin the tower."""
+        super().train(mode)
+        for module in self.tower.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+                module.eval()
+        return self
+
+    def project(self, features):
+        """What follows the tower: (n, width) -> (n, dim) of length 1."""
+        vectors = F.normalize(self.head.embedding(self.head.norm(features)) if self.head is not None else features)
+        return vectors if self.projection is None else F.normalize(self.projection(vectors))
+
+
+def new_model(config, n_classes):
+    """The Embedder that a run starts from: the pretrained tower and a head of its own for so many classes."""
+    tower = load_image_tower(config.model_name, config.pretrained, config.image_size)
+    head = SubcenterHead(tower.spec.width, n_classes, dim=config.embedding_dim, subcenters=config.subcenters,
+                         norm=config.head_norm, seed=config.head_seed)
+    model = Embedder(tower, head)
+    resize(model, config.image_size, config.overlap)
+    return model
+
+
+def resize(model, side, overlap=0.0):
+    """The Embedder for images of another side or patches that overlap by a share of theirs, in place; its spec says so.
+    ValueError: an overlap for what is not open_clip's own transformer."""
+    plan, stride = copy.deepcopy(model.spec.architecture), None
+    if isinstance(model.tower, VisionTransformer):
+        patch = model.tower.conv1.kernel_size[0]
+        stride = max(1, round(patch * (1 - overlap)))
+        same = stride == plan.get('stride', patch) and side == model.spec.image_size
+        plan['stride'] = stride
+    elif overlap:
+        raise ValueError(f"Config.overlap is {overlap}, but only patches of open_clip's own transformers can overlap, and "
+                         f'{model.spec.model_name} is none of them: set it to 0.')
+    else:
+        same = side == model.spec.image_size
+    if same:
+        return
+    resize_tower(model.tower, side, stride)
+    if plan.get('library') == 'open_clip':
+        plan['vision_cfg']['image_size'] = side
+    model.spec = model.tower.spec = replace(model.spec, image_size=side, architecture=plan)
+
+
+def freeze(model, trains):
+    """Takes the gradients from what Config.trains leaves out; 'all' leaves everything as it is."""
+    blocks, depth = tower_blocks(model.tower)
+    firsts = {'all': -1, 'tower': -1, 'head': depth + 1} | {f'last {n}': depth - n for n in range(1, depth + 1)}
+    if trains not in firsts:
+        raise ValueError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
+    for name, parameter in model.tower.named_parameters():
+        if blocks[name] < firsts[trains]:
+            parameter.requires_grad_(False)
+    if trains == 'tower':
+        model.head.requires_grad_(False)
+
+
+def param_groups(model, config):
+    """AdamW's groups for an Embedder: every trainable parameter in exactly one.
+    The tower's blocks take the learning rates of config.layer_lrs (stretched, if these count other blocks than the tower
+    has); what lies before the blocks takes the first rate, what follows them (final norm, projection) the last one. Biases,
+    norms, class token, pooling query and position embedding are not decayed. Returns a list of dicts: name, params, names,
+    lr, weight_decay."""
+    (blocks, depth), ends = tower_blocks(model.tower), [end for end, _ in config.layer_lrs]
+    groups = {}
+
+    def add(group, name, parameter, lr, weight_decay):
+        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$|latent$', name)
+        group, weight_decay = (f'{group}, no decay', 0.0) if kept else (group, weight_decay)
+        entry = groups.setdefault(group, {'name': group, 'params': [], 'names': [], 'lr': lr, 'weight_decay': weight_decay})
+        entry['params'].append(parameter)
+        entry['names'].append(name)
+
+    for name, parameter in model.tower.named_parameters():
+        middle = (max(blocks[name], 0) + .5) * ends[-1] / depth  # of the block, among those that layer_lrs counts
+        place = min(bisect.bisect_right(ends, middle), len(ends) - 1)  # what follows the blocks lies beyond the last
+        if parameter.requires_grad:
+            add(f'tower, blocks below {math.ceil(ends[place] * depth / ends[-1] - .5)}', f'tower.{name}', parameter,
+                config.layer_lrs[place][1], config.tower_weight_decay)
+    for name, parameter in ([] if model.head is None else model.head.named_parameters()):
+        if parameter.requires_grad:
+            add('head', f'head.{name}', parameter, config.head_lr, config.head_weight_decay)
+    return list(groups.values())
+
+
+def group_table(model, config):
+    """DataFrame of param_groups, a row a group: tensors, learning rate, parameters (millions), weight decay, first and last
+    name."""
+    return pd.DataFrame([{'group': group['name'], 'tensors': len(group['params']), 'lr': group['lr'],
+                          'parameters (M)': sum(parameter.numel() for parameter in group['params']) / 1e6,
+                          'weight decay': group['weight_decay'], 'from': group['names'][0], 'to': group['names'][-1]}
+                         for group in param_groups(model, config)]).set_index('group')

@@ -1,0 +1,89 @@
+"""Recipes: what the other places and papers changed, as fields of Config; training stage by stage, on one GPU or several."""
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from guie.checkpoints import load_run, open_checkpoint
+from guie.config import different_fields
+from guie.distributed import launch, processes_here
+from guie.files import ATTACHED, attached_folders
+from guie.training import run_job, write_job
+
+
+def halves(config, first, second):
+    """Two stages that share the epochs of a configuration, at least one each."""
+    half = max(1, config.epochs // 2)
+    return {'stages': (first | {'epochs': half}, second | {'epochs': max(1, config.epochs - half)})}
+
+
+RECIPES = {  # what each changes in a configuration; places are those of the challenge
+    'place4': lambda config: {},
+    # Kumar 2022, arXiv 2202.10054: the head alone first, so that a random one does not distort the tower
+    'lp-ft': lambda config: halves(config, {'trains': 'head'}, {'trains': 'all', 'head_lr': config.head_lr / 10}),
+    # 1st: a 64-d head first, which then stays while the tower trains
+    'locked-head': lambda config: {'embedding_dim': 64} | halves(config, {'trains': 'head'}, {'trains': 'tower'}),
+    # 2nd: the tower a thousand times slower than the head, then not at all; wider margins every epoch
+    'slow-tower': lambda config: {'layer_lrs': ((config.layer_lrs[-1][0], config.head_lr / 1000),), 'margin_growth': .1}
+    | halves(config, {'trains': 'all'}, {'trains': 'head'}),
+    # 5th (with head_norm, which it had before its linear map): no PCA
+    'direct-64': lambda config: {'embedding_dim': 64},
+    # 1st: everything once more at 5/4 of the side, 224 to 280
+    'hi-res': lambda config: halves(config, {}, {'image_size': config.image_size * 5 // 4}),
+    # 1st: overlapping patches at the end
+    'overlap': lambda config: halves(config, {}, {'overlap': .5}),
+    # MDFE 2024: the tower as it is, a projection trained
+    'frozen': lambda config: {'embedding_dim': 64, 'trains': 'head'},
+}
+
+
+def follow_recipe(config, recipe):
+    """The configuration, changed as one of RECIPES says; None changes nothing."""
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.')
+    return config if recipe is None else replace(config, **RECIPES[recipe](config))
+
+
+def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
+    """Trains a run on its splits, stage by stage, and writes it as training.fit says -> its Embedder.
+    Several GPUs share the work by `accelerate launch`; processes: None is one a GPU. All stages but the last train in
+    <run_dir>/<its name>-stage-<number>, each from the weights that the one before kept; these stay there as
+    stage.safetensors, and where that file is found (below a folder of `search` too) the stage is not trained again. Run it
+    again to resume. Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
+    run_dir, stages = Path(run_dir), config.each_stage()
+    options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
+    for number, stage in enumerate(stages, start=1):
+        folder = run_dir if number == len(stages) else run_dir / f'{run_dir.name}-stage-{number}'
+        done = finished_stage(folder, stage, search)
+        if done is None:
+            train_stage(stage, splits, folder, processes or processes_here(), options)
+            done = keep_stage(folder) if folder != run_dir else None
+        options |= {'weights': done and str(done), 'epoch': options['epoch'] + stage.epochs}
+    return load_run(run_dir)
+
+
+def train_stage(config, splits, folder, processes, options):
+    """One stage: here, or in several launched processes."""
+    if processes == 1:
+        run_job(config, splits, folder, **options)
+    else:
+        write_job(config, splits, folder, **options)
+        launch('guie.training', folder, processes)
+
+
+def finished_stage(folder, config, search):
+    """The weights of a stage that is done, in its folder or in an attached output of the same run, or None."""
+    for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
+        if (place / 'stage.safetensors').exists():
+            if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
+                raise ValueError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
+                                 f'another name, or delete that folder.')
+            print(f'{folder.name}: done, in {place}')
+            return place / 'stage.safetensors'
+
+
+def keep_stage(folder):
+    """Marks a stage as done: its weights get their lasting name, and the state that it could resume from goes."""
+    done = (folder / 'model.safetensors').replace(folder / 'stage.safetensors')
+    shutil.rmtree(folder / 'state', ignore_errors=True)
+    return done

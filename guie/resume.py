@@ -1,0 +1,241 @@
+"""Resume: checkpoints of a run under way, which survive kills, full disks and new sessions."""
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import nn
+
+from guie.config import Config, different_fields
+from guie.distributed import any_process
+from guie.files import ATTACHED, attached_folders, write_text
+
+BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
+
+
+@dataclass
+class Progress:
+    """Where a run is, saved with its checkpoint."""
+    step: int = 0       # optimiser steps made
+    epoch: int = 0
+    used: int = 0       # images of this epoch that all processes together have used
+    best: float = -1.0  # best selection mP@5 so far
+    data: str = ''      # selection_hash of the images
+    skipped: int = 0    # steps left out because loss or gradient was not finite
+    processes: int = 1  # that shared the work
+
+
+@dataclass
+class Run:
+    """The parts of a run under way."""
+    folder: Path
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module                # Embedder
+    wrapped: nn.Module              # the model as it is called: one copy of it on each GPU, or parts
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler    # of fp16's gradients
+    half: torch.dtype | None        # of autocast
+    progress: Progress
+    saved: tuple = (-1, 0.)         # (step, time) of the last checkpoint
+
+    @property
+    def main(self):
+        """Whether this process writes the run's files."""
+        return self.accelerator.is_main_process
+
+
+@contextmanager
+def run_lock(run_dir):
+    """Refuses a second run in the same folder; the system frees the lock however the process ends."""
+    lock = FileLock(run_dir / '.lock', timeout=0)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(f'Another run is writing into {run_dir}: wait for it, or give this one another name.') from None
+    except NotImplementedError:  # filelock's word for a disk without locks
+        print(f'{run_dir} is on a disk without locks: do not start a second run of this name.')
+    except OSError as error:
+        raise OSError(f'{run_dir} cannot be written ({error.strerror}): choose another OUT_DIR.') from error
+    with lock if lock.is_locked else nullcontext():
+        yield
+
+
+class RunLog:
+    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped.
+    Rows that a full disk refuses wait for the next step: a log is no reason to stop a run."""
+
+    def __init__(self, run, restored):
+        self.path, self.last, self.waiting = run.folder / 'log.csv', time.time(), ''
+        there = restored and self.path.exists()
+        kept = pd.read_csv(self.path).query(f'step <= {run.progress.step}').to_csv(index=False) if there else ''
+        write_text(self.path, kept or 'step,loss,lr,images/s\n')
+
+    def add(self, step, loss, lr, images):
+        """Appends a row."""
+        now, size = time.time(), self.path.stat().st_size
+        self.waiting += f'{step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n'
+        self.last = now
+        try:
+            with self.path.open('a') as file:
+                file.write(self.waiting)
+            self.waiting = ''
+        except OSError:
+            os.truncate(self.path, size)  # no half row
+
+
+def save_checkpoint(run, required=False):
+    """Everything needed to resume, as <run>/state/step-<n>; the new one is complete before an older one goes.
+    A disk that refuses is named, and the run continues with the older one in place: space may be there the next time. With
+    `required` it is an OSError."""
+    beside = run.folder / 'state' / 'unfinished'
+    run.progress.processes = run.accelerator.num_processes
+    for mine, act in ((run.main, partial(free_space, beside)), (True, partial(run.accelerator.save_state, beside)),
+                      (run.main, partial(complete, run, beside))):
+        problem = None
+        try:
+            if mine:
+                act()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+            problem = error
+        if any_process(run.accelerator, problem is not None)[0]:
+            if run.main:
+                shutil.rmtree(beside, ignore_errors=True)
+            reason = str(problem).splitlines()[0] if problem else 'in another process'
+            sentence = (f'{beside.parent}: the state after step {run.progress.step} could not be saved ({reason}); the one '
+                        f'before is unchanged. Free some space or choose another OUT_DIR.')
+            if required:
+                raise OSError(sentence) from problem
+            return run.accelerator.print(sentence)
+    run.saved = run.progress.step, time.time()
+
+
+def saved_states(folder):
+    """The states in a folder, newest first."""
+    return sorted(folder.glob('step-*'), reverse=True)
+
+
+def read_position(state):
+    """A state's position.json: progress, schedule, scaler, files. OSError when a file lacks or is shorter than it was."""
+    position = json.loads((state / 'position.json').read_text())
+    for name, size in position['files'].items():
+        if (state / name).stat().st_size != size:
+            raise OSError(f'{name} is truncated')
+    return position
+
+
+def is_whole(state):
+    """Whether all files of a state are there, as long as they were."""
+    with suppress(OSError, ValueError, KeyError):
+        return bool(read_position(state))
+    return False
+
+
+def free_space(beside):
+    """Removes what a killed save left and, where another state would not fit, all whole states but the newest."""
+    shutil.rmtree(beside, ignore_errors=True)
+    whole = [state for state in saved_states(beside.parent) if is_whole(state)]
+    if whole and shutil.disk_usage(beside.parent).free < sum(read_position(whole[0])['files'].values()):
+        for old in saved_states(beside.parent):
+            if old != whole[0]:
+                shutil.rmtree(old)
+
+
+def complete(run, beside):
+    """Gives a written state its position and its name; then older ones go: two stay where a third fits, else one."""
+    sizes = {file.name: file.stat().st_size for file in sorted(beside.iterdir())}
+    position = {'progress': asdict(run.progress), 'schedule': run.schedule.state_dict(), 'scaler': run.scaler.state_dict(),
+                'files': sizes}
+    write_text(beside / 'position.json', json.dumps(position, indent=1))
+    target = beside.with_name(f'step-{run.progress.step:08d}')
+    while target.exists():  # damaged, or the run would not be here again; + sorts behind it
+        target = target.with_name(target.name + '+')
+    beside.replace(target)
+    fits = shutil.disk_usage(beside.parent).free >= sum(sizes.values())
+    for old in saved_states(beside.parent)[2 if fits else 1:]:
+        shutil.rmtree(old)
+
+
+def restore_state(run):
+    """Loads the newest state that loads; True if there was one. A state of another configuration or data is an error."""
+    saved, states, data = run.folder / 'config.json', saved_states(run.folder / 'state'), run.progress.data
+    if states and saved.exists() and (difference := different_fields(Config.load(saved), run.config)):
+        raise ValueError(f'{run.folder} holds a run with another configuration ({", ".join(difference)}): give this '
+                         f'run another name, or delete that folder.')
+    for state in states:
+        problem = None
+        try:
+            position = read_position(state)
+            run.accelerator.load_state(state)
+            run.schedule.load_state_dict(position['schedule'])
+            scaler = position.get('scaler')
+            if (state / 'scaler.pt').exists():  # of an earlier version
+                scaler = torch.load(state / 'scaler.pt', weights_only=True)
+            if scaler and run.scaler.is_enabled():  # it may have had another precision
+                run.scaler.load_state_dict(scaler)
+        except Exception as error:  # a damaged file makes the readers raise almost anything
+            problem = error
+        if not any_process(run.accelerator, problem is not None)[0]:
+            vars(run.progress).update(position['progress'])
+            if run.progress.data != data:
+                raise ValueError(f'{run.folder} holds a run on other images (hash {run.progress.data}, now {data}): '
+                                 f'give this run another name, or delete that folder.')
+            run.saved = run.progress.step, time.time()
+            print_resumed(run, state)
+            return True
+        run.accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
+    if states:  # parts of them may be in the model already
+        raise ValueError(f'None of the states in {run.folder / "state"} can be read: delete this folder to start anew.')
+    return False
+
+
+def print_resumed(run, state):
+    """Prints where a run resumes, and what another number of processes changes."""
+    progress, now = run.progress, run.accelerator.num_processes
+    run.accelerator.print(f'{run.folder.name}: resumes from {state.name}, epoch {progress.epoch + 1}, {progress.used} of '
+                          f'its images used')
+    if progress.processes != now:
+        run.accelerator.print(f'The state was saved by {progress.processes} processes and {now} resume it: order and '
+                              f'augmentation of the images stay the same; dropout and the order in which gradients are '
+                              f'summed do not, so weights will differ slightly.')
+
+
+def copy_attached_state(run_dir, config, search=ATTACHED):
+    """Copies the newest whole state of this run, with its log and weights, out of an earlier output, as Kaggle attaches it,
+    where there is none; looked for in folders of the run's name below those of `search`."""
+    folder = run_dir / 'state'
+    if saved_states(folder):
+        return
+    states = [state for place in map(Path, attached_folders(search)) if place.name == run_dir.name
+              for state in saved_states(place / 'state')]
+    for state in filter(is_whole, sorted(states, key=lambda state: state.name, reverse=True)):
+        run = state.parent.parent
+        try:
+            difference = different_fields(Config.load(run / 'config.json'), config)
+        except (OSError, ValueError) as error:
+            difference = [str(error)]
+        if difference:
+            print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
+            continue
+        try:
+            for name in ('config.json', 'log.csv', BEST, 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):
+                if (run / name).exists():
+                    shutil.copyfile(run / name, run_dir / name)
+            shutil.rmtree(folder / 'unfinished', ignore_errors=True)
+            shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
+            (folder / 'unfinished').replace(folder / state.name)
+        except OSError as error:
+            raise OSError(f'{state} could not be copied into {folder} ({error}): free some space or choose another '
+                          f'OUT_DIR.') from error
+        return print(f'{run_dir.name}: {state} was copied here')

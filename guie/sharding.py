@@ -1,0 +1,52 @@
+"""Sharding: a model spread over processes (FSDP2) where a whole one does not fit on one GPU, and its states on disk."""
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+
+from guie.towers import BLOCK
+
+
+def shard(model):
+    """Spreads parameters, gradients and optimiser state over the processes, in place: a block is whole only while it
+    computes. Does nothing in a process that was launched alone."""
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import fully_shard
+    for name, module in model.tower.named_modules():
+        if BLOCK.fullmatch(f'{name}.'.rpartition('transformer.')[2]):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def is_sharded(model):
+    """Whether each process holds a part of the model."""
+    return any(hasattr(parameter, 'full_tensor') for parameter in model.parameters())
+
+
+def full_state(model):
+    """{name: whole tensor} of a model; the parts of a sharded one are collected, for which all processes must call."""
+    if not is_sharded(model):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_sharded(model, optimiser, folder):
+    """Weights and optimiser as torch's distributed checkpoint: each process writes its part, any number reads them."""
+    weights, slots = get_state_dict(model, optimiser)
+    call(checkpoint.save, {'model': weights, 'optimiser': slots}, folder)
+
+
+def load_sharded(model, optimiser, folder):
+    """Reads what save_sharded wrote, whatever the number of processes."""
+    weights, slots = get_state_dict(model, optimiser)
+    state = {'model': weights, 'optimiser': slots}
+    call(checkpoint.load, state, folder)
+    set_state_dict(model, optimiser, model_state_dict=state['model'], optim_state_dict=state['optimiser'])
+
+
+def call(function, state, folder):
+    """function(state, checkpoint_id=folder), its errors as OSError."""
+    try:
+        function(state, checkpoint_id=str(folder))
+    except checkpoint.CheckpointException as error:  # no Exception in torch
+        raise OSError(str(error).strip().splitlines()[-1]) from error

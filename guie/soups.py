@@ -1,0 +1,256 @@
+"""Soups: averages of checkpoints, greedy soups, WiSE-FT, and whether ingredients share a basin of the loss."""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from guie.checkpoints import Checkpoint, load_run, open_checkpoint, save_state
+from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
+from guie.files import file_hash, state_hash
+from guie.retrieval import mean_precision_at_5, score_table
+from guie.splits import Splits, sample_classes
+from guie.towers import load_strictly
+
+SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
+
+
+def average_states(paths, weights=None):
+    """Average of checkpoint files -> {name: tensor}; uniform, or by non-negative `weights` of any sum.
+    Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482. Memory holds the result alone: files are mapped.
+    Summed in float64 and rounded once to the first file's dtype (half precision to float32). Integer buffers must be equal;
+    of BatchNorm, statistics are averaged and the largest step counter is taken. ValueError names the first differences of
+    each kind: tensors, shapes, integer buffers, SPEC_FIELDS where metadata tells them."""
+    ingredients = open_ingredients(paths)
+    weights = np.ones(len(ingredients)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape != (len(ingredients),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(f'{len(ingredients)} checkpoints need as many weights, none negative and not all 0, '
+                         f'unlike {weights.tolist()}.')
+    return average(ingredients, weights)
+
+
+def open_ingredients(paths):
+    """Checkpoints that can be averaged, or the error that says why not."""
+    ingredients = [open_checkpoint(path) for path in paths]
+    if not ingredients:
+        raise ValueError('A soup needs ingredients: give the path of at least one checkpoint.')
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        if differences := differences_of(first, other):
+            raise ValueError(f'{other.path} cannot be averaged with {first.path}: {differences}. Ingredients '
+                             'share one architecture, classes and preprocessing: leave it out.')
+    if len({ingredient.path.resolve() for ingredient in ingredients}) < len(ingredients):
+        print('One checkpoint is given more than once and counts as often.')
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in first.values()):
+        print(f'{first.path} is in half precision: the average comes out in float32.')
+    return ingredients
+
+
+def differences_of(first, other):
+    """What forbids averaging, with the first three of each kind by name; '' if nothing does."""
+    shared = [name for name in first if name in other]
+    shapes = {name: (tuple(first[name].shape), tuple(other[name].shape)) for name in shared}
+    specs = [json.loads(state.metadata.get('spec', '{}')) for state in (first, other)]
+    settings = {field: [spec.get(field) for spec in specs] for field in SPEC_FIELDS if all(specs)}
+    found = {
+        'tensors missing': [name for name in first if name not in other],
+        'tensors too many': [name for name in other if name not in first],
+        'shapes': [f'{name} {b} against {a}' for name, (a, b) in shapes.items() if a != b],
+        'number types or integer buffers': [name for name, (a, b) in shapes.items()
+                                            if a == b and not same_numbers(name, first[name], other[name])],
+        'settings': [f'{field} {b} against {a}' for field, (a, b) in settings.items() if a != b],
+    }
+    return '; '.join(f'{kind}: {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if names[3:] else '')
+                     for kind, names in found.items() if names)
+
+
+def same_numbers(name, one, other):
+    """Whether two tensors can be averaged: both of floats, or equal integers."""
+    if one.is_floating_point() or other.is_floating_point():
+        return one.is_floating_point() and other.is_floating_point()
+    return name.endswith('num_batches_tracked') or torch.equal(one, other)
+
+
+def average(states, weights):
+    """Weighted average of states that agree -> {name: tensor}; a state of weight 0 is not read."""
+    terms = [(state, weight) for state, weight in zip(states, weights, strict=True) if weight]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(states[0], pool.map(lambda name: mean_tensor(name, terms), states[0]), strict=True))
+
+
+def mean_tensor(name, terms, chunk=1 << 18):
+    """Weighted mean of one tensor, terms [(state, weight)], in float64 by chunks, rounded once; of integers the largest."""
+    first = terms[0][0][name]
+    if not first.is_floating_point():
+        return torch.stack([state[name] for state, _ in terms]).amax(0)
+    mean = torch.empty(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
+    flats = [(state[name].detach().reshape(-1), weight) for state, weight in terms]
+    buffers, finite = torch.empty(2, min(chunk, first.numel()), dtype=torch.float64), True  # they stay in the cache
+    for start in range(0, first.numel(), chunk):
+        total, term = buffers[:, :first.numel() - start]
+        # The first term begins the sum: added to 0, it would lose the sign of -0.
+        total.copy_(flats[0][0][start:start + chunk]).mul_(flats[0][1])
+        for flat, weight in flats[1:]:
+            total.add_(term.copy_(flat[start:start + chunk]), alpha=weight)
+        mean.view(-1)[start:start + chunk] = total.div_(sum(weight for _, weight in terms))
+        finite = finite and bool(total.sum().isfinite())
+    if not finite:
+        sick = [str(state.path) for state, _ in terms if not torch.isfinite(state[name]).all()]
+        raise ValueError(f'{name} is not finite in {", ".join(sick)}: training diverged, leave it out.')
+    return mean
+
+
+def interpolate_states(zero_shot, fine_tuned, alpha):
+    """WiSE-FT: (1 - alpha)·zero_shot + alpha·fine_tuned -> {name: tensor}; alpha 0 and 1 give them exactly.
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", https://arxiv.org/abs/2109.01903. Each is a file or
+    {name: tensor}. What fine_tuned alone has (the head) is taken from it. ValueError for alpha outside 0..1, and where
+    fine_tuned lacks or contradicts what zero_shot has."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f'alpha goes from 0 (zero-shot) to 1 (fine-tuned): {alpha} is outside.')
+    zero_shot, fine_tuned = as_state(zero_shot), as_state(fine_tuned)
+    tower = part_like(zero_shot, fine_tuned)
+    head = {name: tensor for name, tensor in fine_tuned.items() if name not in tower}
+    mixed = average([zero_shot, tower], [1 - alpha, alpha]) | average([head], [1])
+    return {name: mixed[name] for name in fine_tuned}
+
+
+def as_state(state):
+    """A Checkpoint of a file or of {name: tensor}."""
+    if not isinstance(state, dict):
+        return open_checkpoint(state)
+    return state if isinstance(state, Checkpoint) else Checkpoint(state, {}, 'the given state')
+
+
+def part_like(base, state):
+    """Those tensors of a fine-tuned state that its base has too; all of the base must be there."""
+    part = Checkpoint({name: state[name] for name in base if name in state}, state.metadata, state.path, state.name)
+    if differences := differences_of(base, part):
+        raise ValueError(f'{state.path} was not fine-tuned from {base.path}: {differences}. '
+                         "Give the pretrained tower of this run, with 'tower.' before its names.")
+    return part
+
+
+def greedy_soup(paths, score, *, tolerance=0.):
+    """Greedy soup -> ({name: tensor}, DataFrame path, alone, with_it, kept), the best ingredient first.
+    Wortsman et al. 2022, "Model soups", Recipe 1, https://arxiv.org/abs/2203.05482. `score({name: tensor})` -> float, the
+    higher the better, on data for SELECTION: report on other data. From the best ingredient down, each is kept if the
+    average with it scores no less (within `tolerance`) than the soup without it. ValueError for a score of NaN."""
+    ingredients = open_ingredients(paths)
+    alone = [score_of(score, [ingredient], [1]) for ingredient in ingredients]
+    kept, best, rows = [], -np.inf, []
+    for i in sorted(range(len(alone)), key=lambda i: -alone[i]):
+        soup, path = [*kept, ingredients[i]], ingredients[i].path
+        with_it = score_of(score, soup, [1] * len(soup)) if kept else alone[i]
+        accepted = with_it >= best - tolerance
+        print(f'{"kept" if accepted else "left out"}: {ingredients[i].name}, alone {alone[i]:.4f}, '
+              f'soup with it {with_it:.4f}' + (f', without it {best:.4f}' if kept else ''))
+        rows.append((str(path), alone[i], with_it, accepted))
+        kept, best = (soup, with_it) if accepted else (kept, best)
+    return average(kept, [1] * len(kept)), pd.DataFrame(rows, columns=['path', 'alone', 'with_it', 'kept'])
+
+
+def score_of(score, states, weights):
+    """Score of a weighted average; ValueError if it is NaN."""
+    value = float(score(average(states, weights)))
+    if np.isnan(value):
+        raise ValueError(f'The score of {" + ".join(str(state.path) for state in states)} is NaN: '
+                         'evaluate each by itself to see whether it or the data is broken.')
+    return value
+
+
+def interpolation_scores(first, second, score, points=5):
+    """Score along the line from one file (alpha 0) to another (alpha 1) -> DataFrame alpha, score.
+    A dip between the ends is a barrier: the two do not share a basin and average badly; the usual cause is a different
+    initial head. Errors as in average_states and greedy_soup."""
+    states, alphas = open_ingredients([first, second]), np.linspace(0, 1, points)
+    scores = [score_of(score, states, [1 - alpha, alpha]) for alpha in alphas]
+    return pd.DataFrame({'alpha': alphas, 'score': scores})
+
+
+def task_vector_cosines(paths, base):
+    """Cosine between the changes (ingredient - base) of each two ingredients -> square DataFrame by run.
+    `base` is the pretrained tower, a file or {name: tensor} with names 'tower.…'; the head, which it lacks, does not count.
+    NaN for an ingredient that equals it. ValueError where base and ingredients do not fit."""
+    ingredients, base = open_ingredients(paths), as_state(base)
+    towers = [part_like(base, ingredient) for ingredient in ingredients]
+    products = np.zeros((len(towers), len(towers)))
+    for name in (name for name in base if base[name].is_floating_point()):
+        changes = torch.stack([tower[name].double().flatten() - base[name].double().flatten() for tower in towers])
+        products += (changes @ changes.T).numpy()
+    lengths, runs = np.sqrt(products.diagonal()), [tower.name for tower in towers]
+    with np.errstate(invalid='ignore'):
+        return pd.DataFrame(products / np.outer(lengths, lengths), index=runs, columns=runs)
+
+
+def save_soup(state, run_dir, ingredients, method, **facts):
+    """Writes averaged weights as a run of its own: model.safetensors with its ingredients' hashes, and config.json."""
+    checkpoints = [open_checkpoint(ingredient) for ingredient in ingredients]
+    if 'config' not in checkpoints[0].metadata:
+        raise ValueError(f'{checkpoints[0].path} does not say how it is built: give the checkpoint that find_ingredients '
+                         f'made of it.')
+    config = checkpoints[0].config
+    metadata = soup_metadata(checkpoints, method, config=asdict(config), **facts)
+    save_state(state, Path(run_dir) / 'model.safetensors', metadata, overwrite=True)
+    config.save(Path(run_dir) / 'config.json')
+
+
+def soup_metadata(paths, method, **extra):
+    """Metadata for save_state -> {str: str}: method, ingredients (run, SHA-256, score), their spec.
+    `extra` (alpha, weights, config, …) is stored as JSON unless it is text."""
+    checkpoints = [open_checkpoint(path) for path in paths]
+    fields = {'method': method, **extra, 'ingredients': [
+        {'run': checkpoint.name, 'sha256': file_hash(checkpoint.path), 'score': checkpoint.score}
+        for checkpoint in checkpoints]}
+    if specs := [checkpoint.metadata['spec'] for checkpoint in checkpoints if 'spec' in checkpoint.metadata]:
+        fields['spec'] = specs[0]  # the original authors' files have none
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+
+
+class StateEmbedder:
+    """Vectors and selection scores of states {name: tensor} of one architecture; equal states are embedded once.
+    splits: those of the run; 'seen' is added, images of trained classes."""
+
+    def __init__(self, run, splits):
+        self.model, self.known, self.scores = load_run(run), {}, {}
+        self.splits = Splits(splits, seen=sample_classes(splits['train']))
+
+    def load(self, state):
+        """Loads a state into the model; returns what equal states are known by."""
+        load_strictly(self.model, state, getattr(state, 'path', 'the state'))
+        return state_hash(state)
+
+    def vectors(self, state, names, folder=None):
+        """embed_all of a state: {name: float32 (n, dim)}, kept under `folder` if given."""
+        known = self.known.setdefault(self.load(state), {})
+        beside = Path(state.path).parent / 'vectors' if isinstance(state, Checkpoint) else None
+        if folder:
+            for name in set(names) & set(known):
+                save_vectors(Path(folder) / f'{name}.npz', known[name], np.array(self.splits[name]['path'].tolist(), str),
+                             vectors_hash(self.model))
+        if missing := [name for name in names if name not in known]:
+            known |= embed_all(self.model, self.splits, folder, missing, beside)
+        return {name: known[name] for name in names}
+
+    def score(self, state):
+        """mP@5 at the state's own width on the selection objects."""
+        key = self.load(state)
+        if key not in self.scores:
+            self.scores[key] = selection_score(self.model, self.splits)
+        return self.scores[key]
+
+
+def sweep_alpha(base, soup, alphas, embedder):
+    """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width.
+    base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture;
+    images of trained classes ('seen') are each searched among the others."""
+    splits, rows = embedder.splits, []
+    for alpha in alphas:
+        state = interpolate_states(base, soup, alpha)
+        vectors, seen = embedder.vectors(state, ('seen', 'query', 'index')), splits['seen']['label']
+        among_others = mean_precision_at_5(vectors['seen'], seen, vectors['seen'], seen, exclude_self=True)
+        rows.append({'alpha': alpha, 'selection': embedder.score(state), 'seen': among_others,
+                     'never seen': score_table('', '', vectors, splits, dims=(None,))['mp5'].iloc[0]})
+    return pd.DataFrame(rows)

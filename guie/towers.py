@@ -1,0 +1,232 @@
+"""Towers: pretrained image towers of open_clip and timm, with what belongs to their weights."""
+import logging
+import re
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+from open_clip.transformer import QuickGELU, VisionTransformer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from guie.files import did_you_mean
+
+BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
+STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
+                  r'|norm_pre|conv_stem|stem)(\.|$)')
+NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the least that open_clip builds
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """What belongs to an image tower's weights and is lost when only the weights are kept."""
+    model_name: str     # as given to load_image_tower
+    pretrained: str     # tag or file of the weights it started from
+    image_size: int     # pixels
+    mean: tuple         # of the red, green and blue values in 0..1 that the weights were trained with
+    std: tuple
+    activation: str     # 'gelu', 'quick_gelu', or '' for what is not open_clip's own transformer
+    width: int          # columns of the tower's output
+    architecture: dict  # rebuilds the module without weights; see build_tower
+
+
+def weights_source(model_name, pretrained):
+    """(what open_clip is to load, tag's facts) for a built-in name: a tag, a file, or 'tag@file' (a file that keeps the
+    tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
+    if model_name not in open_clip.list_models():
+        raise ValueError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    tag, _, file = pretrained.partition('@') if '@' in pretrained else (pretrained, '', '')
+    if pretrained == 'random':
+        return None, {}
+    if tag in tags and file == 'random':
+        return None, open_clip.get_pretrained_cfg(model_name, tag)
+    if tag in tags and not file:
+        return tag, open_clip.get_pretrained_cfg(model_name, tag)
+    path = file or pretrained
+    if not Path(path).is_file() or (file and tag not in tags):
+        raise ValueError(f'{pretrained!r} is neither a weights file nor a tag of {model_name}; its tags are '
+                         f'{", ".join(tags)} (or "tag@file" for a file downloaded earlier).')
+    facts = [open_clip.get_pretrained_cfg(model_name, known) for known in ([tag] if file else tags)]
+    if any((f.get('mean'), f.get('std'), f.get('quick_gelu')) !=
+           (facts[0].get('mean'), facts[0].get('std'), facts[0].get('quick_gelu')) for f in facts):
+        raise ValueError(f'{path} does not say how its images were normalised, and the weights of {model_name} '
+                         f'differ in that: write "tag@{path}" with one of {", ".join(tags)}.')
+    return path, facts[0] if facts else {}
+
+
+@contextmanager
+def no_warnings_logged():
+    """Silences what open_clip logs of random weights that are meant to be random."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def packed(vision_cfg):
+    """open_clip's vision_cfg, its transformer's blocks being those that compute query, key and value in one product.
+    Names, shapes and output are those of the default blocks; PyTorch's own attention copies the three apart. CoCa's towers
+    return one vector an image too, without the tokens that only its text decoder reads."""
+    is_transformer = 'timm_model_name' not in vision_cfg and isinstance(vision_cfg.get('layers', 12), int)
+    return vision_cfg | ({'block_type': 'custom', 'output_tokens': False} if is_transformer else {})
+
+
+def load_open_clip(model_name, pretrained, image_size=None):
+    """open_clip's whole CLIP with weights, never silently random."""
+    random = pretrained == 'random' or pretrained.endswith('@random')
+    if model_name.startswith(('local-dir:', 'hf-hub:')):
+        source, facts = None, {}
+    else:
+        source, facts = weights_source(model_name, pretrained)
+    try:
+        vision_cfg = packed(open_clip.get_model_config(model_name)['vision_cfg'])
+        changed = {'vision_cfg': vision_cfg | ({'image_size': image_size} if image_size else {})}
+        with no_warnings_logged() if random else nullcontext():
+            return open_clip.create_model(
+                model_name, pretrained=source, force_image_size=image_size, load_weights=not random,
+                require_pretrained=not random, device=torch.get_default_device(),
+                force_quick_gelu=facts.get('quick_gelu', False),
+                force_preprocess_cfg={name: facts[name] for name in ('mean', 'std') if facts.get(name)},
+                **(changed if 'block_type' in vision_cfg else {}))
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
+                         f'{str(error).strip().splitlines()[0]}') from error
+
+
+def load_image_tower(model_name, pretrained='', image_size=None):
+    """The image half of a pretrained model, with what belongs to its weights as `tower.spec`.
+    model_name: an open_clip name, 'local-dir:folder', 'hf-hub:org/name', or 'timm:name'. pretrained: a tag, a file,
+    'tag@file', 'random' or 'tag@random'. image_size: pixels; another than the weights' own resizes the position embedding.
+    Returns a module: normalised float (n, 3, s, s) -> (n, spec.width). ValueError: unknown name, tag or file, or weights
+    that do not fit."""
+    if model_name.startswith('timm:'):
+        return load_timm_tower(model_name, pretrained, image_size)
+    tower = load_open_clip(model_name, pretrained, image_size).visual
+    config = open_clip.get_model_config(model_name)
+    quick = any(isinstance(module, QuickGELU) for module in tower.modules())
+    own = isinstance(tower, VisionTransformer)
+    size, facts = tower.image_size, tower.preprocess_cfg
+    size = size[0] if isinstance(size, (tuple, list)) else size
+    vision = config['vision_cfg'] | {'image_size': size, 'timm_model_pretrained': False}
+    tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']),
+                           ('quick_gelu' if quick else 'gelu') if own else '', config['embed_dim'],
+                           {'library': 'open_clip', 'embed_dim': config['embed_dim'], 'vision_cfg': vision,
+                            'quick_gelu': quick})
+    return tower
+
+
+def load_timm_tower(model_name, pretrained, image_size=None):
+    """A plain timm model without its classifier; see load_image_tower."""
+    name = model_name.removeprefix('timm:')
+    if name.split('.')[0] not in timm.list_models():
+        raise ValueError(f'timm has no model {name!r}.{did_you_mean(name, timm.list_models())}')
+    file = Path(pretrained) if pretrained and pretrained != 'random' else None
+    if file and not file.is_file():
+        raise ValueError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
+    options = {'num_classes': 0}
+    try:
+        tower = timm.create_model(name, pretrained=not pretrained, **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f'The weights of timm:{name} could not be downloaded ({str(error).splitlines()[0]}): turn the '
+                         f'internet on, or give a weights file as pretrained.') from None
+    facts = timm.data.resolve_model_data_config(tower)
+    size = image_size or facts['input_size'][-1]
+    if file:
+        classifier = tower.pretrained_cfg.get('classifier') or '-'
+        state = {name: tensor for name, tensor in read_timm_weights(file).items() if not name.startswith(f'{classifier}.')}
+        load_strictly(tower, state, file)
+    resize_tower(tower, size)
+    with torch.inference_mode():
+        width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']), '', width,
+                           {'library': 'timm', 'name': name, 'options': options})
+    return tower
+
+
+def read_timm_weights(file):
+    """{name: tensor} of a timm model's weights, safetensors or torch.save's, whatever the name; no code in it is run."""
+    try:
+        with open(file, 'rb') as start:
+            safe = start.read(9)[8:] == b'{'  # 8 bytes of length, then JSON
+        return load_file(file) if safe else timm.models.load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        raise ValueError(f'{file} is truncated or holds no weights ({str(error).splitlines()[0]}): copy or download it '
+                         f'again.') from error
+
+
+def load_strictly(module, state, source):
+    """module.load_state_dict with every missing, unexpected or misshapen tensor an error of one sentence."""
+    own = module.state_dict()
+    wrong = [f'{name} {"is missing" if name not in state else "is not in the model" if name not in own else "has shape"}'
+             for name in sorted(set(own) | set(state))
+             if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f'{source} does not fit the model in {len(wrong)} of {len(own)} tensors, first '
+                         f'{"; ".join(wrong[:3])}: it belongs to another architecture, image size or class list.')
+    module.load_state_dict(state)
+
+
+def unloaded_tower(config):
+    """The tower of a configuration with random weights, for a checkpoint that holds its own; nothing is downloaded."""
+    tag = config.pretrained.partition('@')[0]
+    known = tag in open_clip.list_pretrained_tags_by_model(config.model_name)
+    tower = load_image_tower(config.model_name, f'{tag}@random' if known else 'random', config.image_size)
+    tower.spec = replace(tower.spec, pretrained=config.pretrained)
+    return tower
+
+
+def build_tower(spec):
+    """The tower of a TowerSpec without its weights (random ones), for weights of our own."""
+    plan = spec.architecture
+    if plan.get('library') == 'timm':
+        tower = timm.create_model(plan['name'], pretrained=False, **plan['options'])
+    elif plan.get('library') == 'open_clip':
+        tower = open_clip.CLIP(plan['embed_dim'], packed(plan['vision_cfg']), NO_TEXT, quick_gelu=plan['quick_gelu']).visual
+    else:
+        raise ValueError(f'{spec.model_name} cannot be rebuilt from its checkpoint alone; pass its tower along.')
+    resize_tower(tower, spec.image_size, plan.get('stride'))
+    tower.spec = spec
+    return tower
+
+
+def resize_tower(tower, side, stride=None):
+    """Makes a tower take squares of `side` pixels, its patches `stride` pixels apart (None: as they are), in place.
+    Position embeddings are interpolated to the new grid, as when weights are loaded at another size; convolutions take any
+    size. A stride is for open_clip's own transformer."""
+    if isinstance(tower, VisionTransformer):
+        conv, old = tower.conv1, tower.positional_embedding
+        conv.stride = (stride, stride) if stride else conv.stride
+        tower.image_size, tower.grid_size = (side, side), ((side - conv.kernel_size[0]) // conv.stride[0] + 1,) * 2
+        positions = resample_abs_pos_embed(old.detach()[None], list(tower.grid_size))[0]
+        tower.positional_embedding = nn.Parameter(positions, requires_grad=old.requires_grad)
+    elif hasattr(tower, 'set_input_size'):  # timm's transformers
+        tower.set_input_size((side, side))
+
+
+def tower_blocks(tower):
+    """({name: block of each parameter}, number of blocks); -1 lies before the blocks, their number follows them."""
+    found = {name: BLOCK.search(name) for name, _ in tower.named_parameters()}
+    depth = 1 + max((int(match[1]) for match in found.values() if match), default=0)
+    return {name: int(match[1]) if match else -1 if STEM.search(name) else depth for name, match in found.items()}, depth
+
+
+def checkpoint_activations(tower):
+    """Recompute activations in the backward pass instead of keeping them, where the tower can."""
+    if isinstance(tower, VisionTransformer):  # open_clip passes its packed blocks arguments that they do not take
+        for block in tower.transformer.resblocks:
+            block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)
+        return
+    try:
+        tower.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):  # timm asserts that a model can
+        print(f'{type(tower).__name__} cannot recompute activations; if memory runs out, lower batch_size.')

@@ -1,0 +1,274 @@
+"""Training: the loop, readable from top to bottom; `accelerate launch -m guie.training RUN_DIR` runs it on several GPUs."""
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+
+from guie.checkpoints import load_run, open_checkpoint, save_run
+from guie.config import Config
+from guie.distributed import Stopped, any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
+from guie.embedding import selection_score
+from guie.files import ATTACHED, progress_bar, state_hash, write_text
+from guie.images import ImageDataset, loader
+from guie.losses import adaptive_margins, arcface_loss
+from guie.model import freeze, new_model, param_groups, resize
+from guie.resume import BEST, Progress, Run, RunLog, copy_attached_state, restore_state, run_lock, save_checkpoint
+from guie.sharding import full_state, load_sharded, save_sharded, shard
+from guie.splits import Splits, selection_hash
+from guie.towers import checkpoint_activations
+
+
+def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=0, started=None):
+    """Fine-tunes the Embedder on the labelled images by ArcFace and writes the run.
+    model: Embedder with a SubcenterHead of as many classes as `train` (DataFrame path, label) has; trained in place.
+    run_dir: resumed from the state found there, or from the one that a run of the same name and configuration left below a
+    folder of `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps; the best weights
+    are then what the run keeps, else the last ones. epoch: number of the first. started: when config.max_hours begin; None
+    is now. Writes model.safetensors, config.json, log.csv, state/, and at need unreadable.txt, not_finite.txt. Stopped:
+    config.max_hours are over, or it is interrupted. ValueError: data and head disagree. FloatingPointError: the loss stays
+    NaN. OSError: too many broken images, or a disk that does not write."""
+    started = started or time.time()
+    labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
+    if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
+        raise ValueError(f'The head must have {len(labels)} classes, as many as the images have labels.')
+    accelerator = Accelerator(mixed_precision='no', cpu=best_device().type == 'cpu', step_scheduler_with_optimizer=False,
+                              kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    together = config.batch_size * accelerator.num_processes
+    accumulate = max(1, config.effective_batch // together)
+    images = together * accumulate  # of one step
+    steps = config.epochs * (len(train) // images)
+    if config.epochs and not steps:
+        raise ValueError(f'{len(train)} images do not fill one step of {images}; lower effective_batch or take more images.')
+    dataset = ImageDataset(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
+                           replace=True, max_unreadable=config.max_unreadable)
+    progress = Progress(epoch=epoch, data=selection_hash(train))
+    run = prepare(accelerator, config, model, Path(run_dir), progress, steps)
+    margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
+    with run_lock(run.folder) if run.main else nullcontext(), stop_signal() as pressed, readable_errors(run, dataset):
+        if run.main:
+            copy_attached_state(run.folder, config, search)
+        accelerator.wait_for_everyone()
+        restored = restore_state(run)
+        if run.main:
+            log = RunLog(run, restored)
+            config.save(run.folder / 'config.json')
+        with progress_bar(total=steps, initial=progress.step, desc=run.folder.name, disable=not run.main) as bar:
+            while progress.step < steps:
+                batches = loader(dataset, config.batch_size, train=True, epoch=progress.epoch, start=progress.used,
+                                 rank=accelerator.process_index, processes=accelerator.num_processes, workers=config.workers)
+                for batches_of_step in zip(*[iter(batches)] * accumulate):  # so many batches at a time
+                    loss, moved = optimiser_step(run, batches_of_step, margins + config.margin_growth * progress.epoch)
+                    if moved:
+                        run.schedule.step()
+                    elif math.isnan(loss):
+                        note_skipped(run, batches_of_step, dataset)
+                    progress.step, progress.used = progress.step + 1, progress.used + images
+                    if len(train) - progress.used < images:
+                        progress.epoch, progress.used = progress.epoch + 1, 0
+                    if run.main:
+                        log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images)
+                    bar.update()
+                    bar.set_postfix(loss=f'{loss:.3f}')
+                    if validate and config.validate_every and progress.step % config.validate_every == 0:
+                        validate_and_save_best(run, validate)
+                    save_when_due(run, dataset, steps, started, bool(pressed))
+        finish(run, validate, write_unreadable(run, gather_object(dataset.unreadable)))
+        if run.saved[0] < progress.step:
+            save_checkpoint(run)
+
+
+def prepare(accelerator, config, model, run_dir, progress, steps):
+    """The Run: optimiser, schedule and precision, a copy of the model on each GPU or with config.shard a part of it."""
+    torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
+    if config.checkpoint_activations or (config.checkpoint_activations is None and accelerator.device.type == 'cuda'):
+        checkpoint_activations(model.tower)
+    freeze(model, config.trains)
+    if config.shard:
+        shard(model.to(accelerator.device))
+    groups = [{name: group[name] for name in ('params', 'lr', 'weight_decay')} for group in param_groups(model, config)]
+    optimiser = torch.optim.AdamW(groups, fused=True)  # three times as fast on a CPU
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, partial(learning_rate_share, steps=steps, warmup=min(config.warmup_steps, steps // 2)))
+    half = autocast_dtype(config.precision)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half == torch.float16)
+    model.train()
+    wrapped = model
+    if config.shard:
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: save_sharded(model, optimiser, folder))
+        accelerator.register_load_state_pre_hook(lambda models, folder: load_sharded(model, optimiser, folder))
+    else:
+        wrapped, optimiser = accelerator.prepare(model, optimiser)
+    return Run(run_dir, config, accelerator, model, wrapped, optimiser, schedule, scaler, half, progress, (-1, time.time()))
+
+
+def learning_rate_share(step, steps, warmup):
+    """Share of the learning rate at an optimiser step: linear from 0 over `warmup` steps, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return .5 + .5 * math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))
+
+
+def optimiser_step(run, batches, margins):
+    """One optimiser step over several batches: (mean loss, whether the weights moved).
+    They stay where loss or gradient are not finite; the loss is then NaN, but for what fp16's scaler mends by itself: a
+    gradient too large for the present scale, which it halves."""
+    total, device, scaler = 0.0, run.accelerator.device, run.scaler
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else run.accelerator.no_sync(run.wrapped):
+            with torch.autocast(device.type, dtype=run.half, enabled=run.half is not None):
+                cosine = run.wrapped(batch['image'].to(device, non_blocking=True), classify=True)
+            loss = arcface_loss(cosine, batch['target'].to(device), margins, run.config.scale) / len(batches)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    total = run.accelerator.reduce(total, 'mean').item()
+    moved = rescaled = False
+    if math.isfinite(total):
+        scaler.unscale_(run.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
+        moved = math.isfinite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)  # the former: of a sharded model
+        rescaled = not moved and scaler.is_enabled() and scaler.get_scale() > 1
+        if moved or scaler.is_enabled():  # which leaves the weights where it found such a gradient, and lowers its scale
+            scaler.step(run.optimiser)
+            scaler.update()
+    run.optimiser.zero_grad()
+    return total if moved or rescaled else math.nan, moved
+
+
+def note_skipped(run, batches, dataset):
+    """Keeps the file names of a step that was left out, and stops the run after more than config.max_skipped of them."""
+    progress, config, file = run.progress, run.config, run.folder / 'not_finite.txt'
+    progress.skipped += 1
+    indices = run.accelerator.gather(torch.cat([batch['index'] for batch in batches]).to(run.accelerator.device)).tolist()
+    if run.main:
+        with file.open('a') as lines:
+            lines.writelines(f'step {progress.step + 1}\t{dataset.paths[index]}\n' for index in indices)
+    if progress.skipped > config.max_skipped:
+        raise FloatingPointError(
+            f'The loss or its gradient was not finite in {progress.skipped} steps (max_skipped is {config.max_skipped}): '
+            f'look at the images named in {file}, lower head_lr or layer_lrs, or set precision="no"; the last saved state '
+            f'is untouched.')
+    run.accelerator.print(f'step {progress.step + 1}: loss or gradient not finite, left out; its images are in {file}')
+
+
+def save_when_due(run, dataset, steps, started, pressed):
+    """Saves a checkpoint at the end of an epoch, every config.save_minutes, and before it raises Stopped."""
+    config = run.config
+    late = config.max_hours is not None and time.time() - started > config.max_hours * 3600
+    stop, due = any_process(run.accelerator, late or pressed or stop_requested(run.folder),
+                            time.time() - run.saved[1] > config.save_minutes * 60)
+    if stop or due or not run.progress.used:
+        write_unreadable(run, gather_object(dataset.unreadable))
+        save_checkpoint(run, required=stop)
+        run.saved = run.saved[0], time.time()
+    if stop:
+        reason = f'{config.max_hours} hours are over' if late else 'it was interrupted'
+        raise Stopped(f'{run.folder.name}: {reason} after {run.progress.step} of {steps} steps; everything is saved, run it '
+                      f'again to resume.')
+
+
+def validate_and_save_best(run, validate):
+    """Scores the model on selection data, all processes together, and writes it if it is the best so far."""
+    run.model.eval()
+    score = torch.tensor(float(validate(run.model)), device=run.accelerator.device)
+    run.model.train()
+    score = float(run.accelerator.reduce(score, 'mean'))
+    if score > run.progress.best:
+        save_weights(run, BEST, score=score, step=run.progress.step)
+    run.accelerator.print(f'step {run.progress.step}: selection mP@5 {score:.3f}')
+    run.progress.best = max(run.progress.best, score)
+
+
+def save_weights(run, file='model.safetensors', **facts):
+    """Writes the run's weights, by one process."""
+    state = full_state(run.model)
+    if run.main:
+        save_run(run.folder, run.model, run.config, state=state, file=file, **facts)
+    run.accelerator.wait_for_everyone()
+
+
+def finish(run, validate, unreadable):
+    """The end of a run: its weights if none better are kept, their hash, and what could not be read."""
+    best, final, every = run.folder / BEST, run.folder / 'model.safetensors', run.config.validate_every
+    scored = bool(validate and every)
+    if scored and (not run.progress.step or run.progress.step % every):
+        validate_and_save_best(run, validate)
+    if scored and run.main and best.exists():
+        best.replace(final)
+    run.accelerator.wait_for_everyone()
+    if not scored or not final.exists():
+        save_weights(run, step=run.progress.step)
+    if run.main:
+        print(f'{run.folder.name}: hash of the weights {state_hash(open_checkpoint(run.folder))}')
+        if unreadable:
+            print(f'{len(unreadable)} images could not be read and were replaced by others of their class: '
+                  f'{run.folder / "unreadable.txt"}, first {unreadable[0]}')
+    run.model.eval()
+
+
+@contextmanager
+def readable_errors(run, dataset):
+    """What data loading and a full GPU raise, as one sentence; broken images are listed however the run ends.
+    A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
+    name = run.folder.name
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f'{name}: the GPU ran out of memory at batch_size {run.config.batch_size}: halve it (the step stays the same, '
+            f'more batches are accumulated) and run it again; it resumes from its last state.') from error
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise Stopped(f'{name}: a data-loading process was killed, most likely because memory ran out; set workers '
+                      f'lower (0 loads in the notebook itself) and run it again: it resumes from its last state.') from None
+    except OSError as error:  # a worker's comes with its traceback inside
+        write_unreadable(run, dataset.unreadable)
+        raise OSError(str(error).strip().splitlines()[-1].removeprefix('OSError: ')) from error
+
+
+def write_unreadable(run, found):
+    """Adds paths to unreadable.txt, which holds those of the run's earlier sessions too; returns all of them."""
+    file = run.folder / 'unreadable.txt'
+    before = file.read_text().splitlines() if file.exists() else []
+    paths = sorted({*before, *found})
+    try:
+        if run.main and paths != before:
+            write_text(file, '\n'.join(paths) + '\n')
+    except OSError as error:  # they are kept in memory for the next time
+        print(error)
+    return paths
+
+
+def write_job(config, splits, run_dir, **options):
+    """Writes what `accelerate launch -m guie.training RUN_DIR` reads, on this machine or on several: RUN_DIR/job/."""
+    job = Path(run_dir) / 'job'
+    config.save(job / 'config.json')
+    splits.save(job / 'splits.csv')
+    write_text(job / 'options.json', json.dumps(options))
+
+
+def run_job(config, splits, run_dir, *, weights=None, **options):
+    """fit from the pretrained tower and a new head, or from the checkpoint `weights`; options are fit's."""
+    model = load_run(weights) if weights else new_model(config, splits['train']['label'].nunique())
+    resize(model, config.image_size, config.overlap)
+    validate = partial(selection_score, splits=splits) if config.validate_every else None
+    fit(config, model, splits['train'], run_dir, validate, **options)
+
+
+def main(run_dir):
+    """In a launched process: what write_job wrote."""
+    job = Path(run_dir) / 'job'
+    run_job(Config.load(job / 'config.json'), Splits.load(job / 'splits.csv'), run_dir,
+            **json.loads((job / 'options.json').read_text()))
+
+
+if __name__ == '__main__':
+    report_error(sys.argv[1], lambda: main(sys.argv[1]))

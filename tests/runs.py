@@ -1,0 +1,86 @@
+"""What the tests of training share: the settings, models and weights of small runs."""
+import multiprocessing
+import os
+import signal
+import time
+
+import torch
+from safetensors.torch import load_file
+
+from guie import model, training
+from guie.config import Config
+from guie.model import Embedder, SubcenterHead
+from guie.towers import TowerSpec
+
+CONFIG = Config(model_name='local-dir:media/miniature', pretrained='miniature', image_size=32, layer_lrs=((6, 1e-4),),
+                head_lr=3e-3, scale=16., embedding_dim=32, batch_size=8, effective_batch=16, epochs=3, warmup_steps=2,
+                save_minutes=1000)
+SAVING = CONFIG.override(save_minutes=0, epochs=1)  # 4 steps of 16 images, a state after each
+SPAWN = multiprocessing.get_context('spawn')
+
+
+def new_model(config=CONFIG, classes=12):
+    """The miniature CLIP's tower and a new head."""
+    return model.new_model(config, classes)
+
+
+def small_model(classes=12):
+    """An Embedder of 1,800 weights, for what holds with any tower."""
+    torch.manual_seed(0)
+    spec = TowerSpec('small', '', 32, (.5,) * 3, (.5,) * 3, '', 8, {})
+    tower = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 8))
+    return Embedder(tower, SubcenterHead(8, classes, dim=32), spec=spec)
+
+
+def weights(run):
+    """{name: tensor} that a finished run wrote."""
+    return load_file(run / 'model.safetensors')
+
+
+def same(first, second):
+    """Whether two {name: tensor} agree bit for bit."""
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def apart(first, second):
+    """The largest difference of two {name: tensor}."""
+    return max(float((first[name] - second[name]).abs().max()) for name in first | second)
+
+
+def contents(folder):
+    """{path: bytes} of everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def is_one_sentence(error):
+    """Whether the message of what pytest.raises caught is one line that ends."""
+    return '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+def before_step(monkeypatch, act):
+    """From now on act(number) is called before each optimiser step, counted from 1."""
+    original, count = training.optimiser_step, iter(range(1, 10**6))
+
+    def hooked(*arguments):
+        act(next(count))
+        return original(*arguments)
+
+    monkeypatch.setattr(training, 'optimiser_step', hooked)
+
+
+def press_stop_before(step):
+    """For before_step: the stop button, pressed once."""
+    return lambda number: number == step and os.kill(os.getpid(), signal.SIGINT)
+
+
+def without_dropout(monkeypatch):
+    """Training that depends on no random mask: those of two processes are not those of one."""
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda features, p: features)
+
+
+def wait_for(condition, alive=lambda: True, seconds=120):
+    """Waits for a condition, at most so long, and while alive() holds."""
+    until = time.time() + seconds
+    while not condition():
+        assert alive() and time.time() < until, 'what was waited for did not happen'
+        time.sleep(.005)

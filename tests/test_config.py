@@ -1,0 +1,217 @@
+"""Config: every value is checked, and every configuration that was saved loads, those of earlier versions too."""
+import dataclasses
+import json
+import math
+import re
+from html import unescape
+
+import open_clip
+import pytest
+
+from guie.config import LIMITS, NOT_TRAINED, Config, different_fields
+from tests.worlds import notebook_config
+
+FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
+STAGED = Config(epochs=3, stages=({'trains': 'head'}, {'trains': 'last 2', 'image_size': 280, 'head_lr': 1e-3}))
+OUT_OF_RANGE = [  # of every field with limits: below, above, and no number
+    (name, value) for name, (low, high) in LIMITS.items()
+    for value in (low - 1, high + 1, -math.inf, math.nan, '1', True, [1])
+] + [(name, 1.5) for name in LIMITS if not isinstance(1., FIELDS[name])] + [
+    ('layer_lrs', value) for value in (
+        (), ((5, 1.), (3, 1.)), ((5, 1.), (5, 2.)), ((5, -1.),), ((5, math.nan),), ((5, math.inf),), ((0, 1.),), (5, 1.),
+        ((5,),), (('a', 'b'),), 'layers', 7)
+] + [(name, value) for name in ('model_name', 'pretrained', 'trains') for value in (7, ['ViT'], True)] + [
+    ('stages', value) for value in ('art', 7, [7], None)] + [
+    ('trains', 'tail'), ('trains', 'last 0'), ('head_norm', 1), ('head_norm', None),
+    ('model_name', ''), ('augmentation', 'mixup'), ('augmentation', 7), ('precision', 'fp8'), ('precision', 16),
+    ('checkpoint_activations', 'yes'), ('checkpoint_activations', 1), ('shard', None), ('shard', 'yes'),
+    ('effective_batch', 12)]
+
+
+def test_every_field_of_the_configuration_has_values_out_of_range():
+    assert {name for name, _ in OUT_OF_RANGE} == set(FIELDS)
+
+
+@pytest.mark.parametrize('name, value', OUT_OF_RANGE, ids=[f'{name}-{value}' for name, value in OUT_OF_RANGE])
+def test_a_value_out_of_range_is_one_sentence_that_names_the_field(name, value):
+    with pytest.raises(ValueError, match=f'^Config.{name} is .*; (it must be|give|choose) ') as error:
+        dataclasses.replace(Config(), **{name: value})
+    assert '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+@pytest.mark.parametrize('name', [name for name in LIMITS if name != 'effective_batch'])
+def test_the_limits_themselves_are_accepted(name):
+    low, high = LIMITS[name]
+    for value in (low, high if name != 'batch_size' else 32):
+        assert getattr(dataclasses.replace(Config(), **{name: value}), name) == value
+
+
+def test_a_normalised_head_needs_more_than_one_image_a_batch():
+    with pytest.raises(ValueError, match='head_norm compares the images of a batch: give more'):
+        Config(batch_size=1, head_norm=True)
+    assert Config(batch_size=1).batch_size == 1
+
+
+def test_an_unknown_field_is_one_sentence_with_the_one_that_was_meant():
+    for change, words in (({'epoch': 1}, "no field 'epoch'. Did you mean epochs"),
+                          ({'n_clases': None}, "no field 'n_clases'. Did you mean n_classes"),
+                          ({'learn': 1}, "no field 'learn'. Its fields are model_name, pretrained, ")):
+        with pytest.raises(ValueError, match=f'^Config has {words}') as error:
+            Config().override(**change)
+        assert '\n' not in str(error.value)
+
+
+def test_an_override_of_none_keeps_the_value_and_a_replacement_by_none_does_not():
+    config = Config(n_classes=7)
+    assert config.override(n_classes=None) == config and config.override(n_classes=9).n_classes == 9
+    assert config.replace({'n_classes': None}).n_classes is None and config.n_classes == 7
+
+
+# The file of a configuration
+
+
+@pytest.mark.parametrize('config', [
+    Config(), Config(augmentation='cutout', layer_lrs=((3, 1e-3), (6, 1e-2))), Config(n_classes=None, workers=2), STAGED,
+], ids=['default', 'pairs', 'none', 'stages'])
+def test_a_configuration_survives_its_file(tmp_path, config):
+    config.save(tmp_path / 'new/config.json')
+    assert Config.load(tmp_path / 'new/config.json') == config == Config.read(json.dumps(dataclasses.asdict(config)))
+    assert len((tmp_path / 'new/config.json').read_text().splitlines()) >= len(FIELDS)  # for people too
+
+
+def test_each_stage_is_the_configuration_with_values_of_its_own():
+    stages = STAGED.each_stage()
+    assert [(stage.trains, stage.image_size, stage.head_lr, stage.epochs) for stage in stages] == [
+        ('head', 224, 3e-4, 3), ('last 2', 280, 1e-3, 3)]
+    assert [stage.each_stage() for stage in stages] == [[stage] for stage in stages]
+    assert Config().each_stage() == [Config()]
+
+
+@pytest.mark.parametrize('stages, words', [
+    (({}, {'epochs': -1}), 'Config.epochs is -1'), (({'epoch': 1},), "'epoch'"),
+    (({'stages': ()},), "Stage 1 .*cannot set 'stages'"),
+    (({}, {'embedding_dim': 64}), "Stage 2 .*cannot set 'embedding_dim'"),
+    (({'trains': 'last'},), "for example, 'last 4'"),
+])
+def test_a_wrong_stage_is_one_sentence(stages, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config().override(stages=stages)
+    assert '\n' not in str(error.value)
+
+
+CONFIG_FILES = {  # text of config.json, what the sentence says
+    'empty': ('', 'is not a configuration'),
+    'cut': (json.dumps(dataclasses.asdict(Config()))[:100], 'is not a configuration'),
+    'no object': ('[1, 2]', 'is not a configuration'),
+    'pairs': ('[[1, 2]]', 'is not a configuration'),
+    'a number': ('7', 'is not a configuration'),
+    'null': ('null', 'is not a configuration'),
+    'bytes of an image': (b'\xff\xd8\xff\xe0', 'is not a configuration'),
+    'an unknown field': ('{"learning_rate": 1}', "no field 'learning_rate'"),
+    'a value out of range': ('{"epochs": -1}', 'Config.epochs is -1'),
+    'an earlier field out of range': ('{"clip_norm": -1}', 'Config.max_grad_norm is -1'),
+    'NaN': ('{"scale": NaN}', 'Config.scale is nan'),
+    'stages that are a text': ('{"stages": "art"}', "Config.stages is 'art'"),
+    'a stage that is a number': ('{"stages": [7]}', r'Config.stages is \[7\]'),
+}
+
+
+@pytest.mark.parametrize('content, words', CONFIG_FILES.values(), ids=CONFIG_FILES)
+def test_a_malformed_configuration_file_is_one_sentence_and_stays_as_it_was(tmp_path, content, words):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        Config.load(tmp_path / 'config.json')
+    assert str(error.value).startswith(f'{tmp_path}/config.json is not a configuration: ') and '\n' not in str(error.value)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+
+
+def test_an_absent_configuration_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f'no configuration {tmp_path}/config.json: check the path'):
+        Config.load(tmp_path / 'config.json')
+
+
+# Configurations of earlier versions
+
+
+EARLIER = {'layer_lrs': 'bands', 'head_weight_decay': 'head_decay', 'tower_weight_decay': 'tower_decay',
+           'max_grad_norm': 'clip_norm'}
+GONE = {'domains': [], 'sampling': 'photographs', 'partial_centers': 1., 'distil': 0., 'teacher': ''}
+
+
+def earlier(config):
+    """What an earlier version saved for it: today's fields under their names of then, and the fields that are gone."""
+    return {EARLIER.get(name, name): value for name, value in dataclasses.asdict(config).items()} | GONE
+
+
+CHANGED = Config(layer_lrs=((3, 1e-3), (6, 1e-2)), head_weight_decay=.1, tower_weight_decay=.2, max_grad_norm=3.)
+
+
+def test_fields_are_loaded_by_their_earlier_names_and_gone_ones_at_their_defaults_without_a_word(tmp_path, capsys):
+    (tmp_path / 'config.json').write_text(json.dumps(earlier(CHANGED)))
+    assert Config.load(tmp_path / 'config.json') == CHANGED and not capsys.readouterr().out
+
+
+def test_the_stages_of_an_earlier_configuration_are_loaded_by_its_names_too(capsys):
+    stages = [{'bands': [[3, 1e-3]], 'clip_norm': 2., 'sampling': 'photographs'}, {'tower_decay': .3, 'partial_centers': 1.}]
+    config = Config.read(json.dumps(earlier(Config()) | {'stages': stages}))
+    expected = Config(stages=({'layer_lrs': ((3, 1e-3),), 'max_grad_norm': 2.}, {'tower_weight_decay': .3}))
+    assert config.each_stage() == expected.each_stage() and len(config.stages) == 2
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('used', [{'sampling': 'classes'}, {'partial_centers': .3}, {'distil': 10.}, {'teacher': 'runs/h'},
+                                  {'domains': ['art']}, {'distil': 1., 'teacher': 'runs/h'}], ids=', '.join)
+def test_a_gone_field_that_was_used_is_named_and_the_rest_is_loaded(used, capsys):
+    assert Config.read(json.dumps(earlier(CHANGED) | used)) == CHANGED
+    assert capsys.readouterr().out == (
+        f'This configuration is of an earlier version and used {", ".join(used)}, which is gone.\n')
+    assert Config.read(json.dumps({'epochs': 2, 'stages': [{}, used]})) == Config(epochs=2, stages=({}, {}))
+    assert f'used {", ".join(used)}, which is gone' in capsys.readouterr().out
+
+
+# What is compared, shown and published
+
+
+def test_configurations_differ_in_what_changes_the_weights_alone():
+    assert different_fields(Config(), Config(seed=6, head_lr=1.)) == ['head_lr: 0.0003, now 1.0', 'seed: 5, now 6']
+    free = Config(workers=2, save_minutes=1, max_hours=1, max_unreadable=1, max_skipped=1, batch_size=4, precision='no',
+                  checkpoint_activations=True, stages=({},))
+    assert different_fields(Config(), free) == []
+    assert {name for name, value in vars(free).items() if value != getattr(Config(), name)} == NOT_TRAINED
+
+
+def test_a_notebook_shows_every_field_once_with_its_value():
+    config = Config(augmentation='cutout', pretrained='tag@<b>file')
+    html = config._repr_html_(columns=3)
+    rows = [re.findall(r'<td>(?:<b>)?(.*?)(?:</b>)?</td>', row) for row in re.findall(r'<tr>(.*?)</tr>', html)]
+    pairs = [(row[i], row[i + 1]) for i in (0, 2, 4) for row in rows if i < len(row)]
+    expected = [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
+    assert [(name, unescape(value)) for name, value in pairs] == expected and '&lt;b&gt;file' in html
+
+
+TOWERS = {  # notebook: last block of each learning rate, image size, tower by default, tower of the published run
+    'train_vit_h_224': ((10, 20, 26, 32), 224, ('ViT-H-14', 'laion2b_s32b_b79k'), ('ViT-H-14', 'laion2b_s32b_b79k')),
+    'train_vit_l_336': ((8, 16, 20, 24), 336, ('ViT-L-14', 'laion2b_s32b_b82k'), ('ViT-L-14-336', 'openai'))}
+
+
+@pytest.mark.parametrize('solution', [None, 'place4'])
+@pytest.mark.parametrize('notebook', TOWERS)
+def test_the_notebooks_configurations_are_the_published_recipe(notebook, solution):
+    blocks, size, default, published = TOWERS[notebook]
+    config = notebook_config(notebook).reproduce(solution, notebook.removeprefix('train_'))
+    assert (config.model_name, config.pretrained) == (published if solution else default)
+    assert config.image_size == size
+    assert config.layer_lrs == tuple(zip(blocks, (1.25e-6, 2.5e-6, 5e-6, 1e-5)))
+    assert (config.head_lr, config.head_weight_decay, config.tower_weight_decay) == (3e-4, 1e-5, 1e-3)
+    assert (config.batch_size, config.effective_batch, config.epochs, config.warmup_steps) == (8, 32, 1, 1000)
+    assert (config.subcenters, config.scale, config.margin_min, config.margin_width) == (3, 30, .05, .45)
+    assert (config.n_classes, config.min_images, config.max_images) == (9691, 4, 50)
+    assert (config.embedding_dim, config.seed, config.augmentation) == (512, 5, 'none')
+    assert config.model_name in open_clip.list_models()
+    assert config.pretrained in open_clip.list_pretrained_tags_by_model(config.model_name)
+
+
+def test_an_unknown_solution_is_one_sentence():
+    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None"):
+        Config().reproduce('place1', 'vit_h_224')

@@ -1,0 +1,201 @@
+"""Files are whole or absent whatever fails; attached inputs are found; hashes tell contents apart."""
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from guie import files
+
+
+def full_disk(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # the kernel cuts the write short
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def refused_rename(monkeypatch):
+    def refuse(source, target):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    return monkeypatch.undo
+
+
+def failing_block(monkeypatch):
+    return lambda: None
+
+
+def text(path):
+    path.write_text('new' * 999)
+
+
+def arrays(path):
+    with open(path, 'wb') as file:
+        np.savez(file, vectors=np.ones((99, 9)))
+
+
+def tensors(path):
+    save_file({'a': torch.ones(99, 9)}, path)
+
+
+def half_written(path):
+    path.write_text('half')
+    raise OSError(5, 'Input/output error')
+
+
+FAILURES = [(full_disk, text), (full_disk, arrays), (full_disk, tensors), (refused_rename, text), (refused_rename, tensors),
+            (failing_block, half_written)]
+
+
+@pytest.mark.parametrize('old', [b'the old file', None], ids=['over an old file', 'where none was'])
+@pytest.mark.parametrize('break_disk, write', FAILURES, ids=lambda part: part.__name__)
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, break_disk, write, old):
+    path = tmp_path / 'folder' / 'file'
+    path.parent.mkdir()
+    if old:
+        path.write_bytes(old)
+    repair = break_disk(monkeypatch)
+    try:
+        with pytest.raises(OSError) as error, files.whole_file(path) as beside:
+            write(beside)
+    finally:
+        repair()
+    message = str(error.value)
+    assert message.startswith(f'{path} could not be written (') and '\n' not in message
+    assert 'free some space or choose another folder; what was there is unchanged.' in message
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == ({'file': old} if old else {})
+
+
+def test_an_error_that_is_no_file_systems_passes_and_leaves_the_old_file(tmp_path):
+    files.write_text(tmp_path / 'file', 'old')
+    for error in (ValueError('no number'), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, files.whole_file(tmp_path / 'file') as beside:
+            beside.write_text('half')
+            raise error
+        assert raised.value is error
+        assert (tmp_path / 'file').read_text() == 'old' and os.listdir(tmp_path) == ['file']
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
+    files.write_text(tmp_path / 'new/folder/file', 'old')
+    with files.whole_file(tmp_path / 'new/folder/file') as beside:
+        beside.write_text('new')
+        assert (tmp_path / 'new/folder/file').read_text() == 'old'
+        assert beside.parent == tmp_path / 'new/folder'  # a rename between file systems would copy
+    assert (tmp_path / 'new/folder/file').read_text() == 'new' and os.listdir(tmp_path / 'new/folder') == ['file']
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder').mkdir()
+    for path in (tmp_path / 'file/run/log.csv', tmp_path / 'file/log.csv', tmp_path / 'folder', tmp_path / ('long' * 99),
+                 Path('/proc/run'), Path('/sys/run')):
+        with pytest.raises(OSError, match=f'^{path} could not be written .*: free some space or choose another') as error:
+            files.write_text(path, 'text')
+        assert '\n' not in str(error.value) and '.part' not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ['file', 'folder']
+
+
+def test_attached_folders_are_found_six_levels_deep_the_least_deep_first(tmp_path):
+    for path in ('b/c/d/e/f/g/too deep', 'b/z', 'a/y', 'store'):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / 'a/link').symlink_to(tmp_path / 'store')
+    (tmp_path / 'a/file').touch()
+    found = list(files.attached_folders([tmp_path, tmp_path / 'absent', tmp_path / 'a']))
+    below = [os.path.relpath(path, tmp_path) for path in found]
+    first = ['.', 'absent', 'a']  # the places themselves; then what is in each of them, sorted
+    assert below[:3] == first and below[3:8] == ['a', 'b', 'store', 'a/link', 'a/y']
+    assert below[8:12] == ['a/link', 'a/y', 'b/c', 'b/z'] and below[12:] == ['b/c/d', 'b/c/d/e', 'b/c/d/e/f', 'b/c/d/e/f/g']
+    assert all(type(path) is str and os.path.isabs(path) for path in found)
+
+
+def test_a_folder_that_cannot_be_read_does_not_end_the_search(tmp_path, monkeypatch):
+    for path in ('a/locked/inside', 'a/z/found'):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / 'a/loop').symlink_to('loop')
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('locked'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    below = [os.path.relpath(path, tmp_path) for path in files.attached_folders([tmp_path])]
+    assert below == ['.', 'a', 'a/locked', 'a/z', 'a/z/found']
+
+
+def test_kaggles_inputs_are_searched_unless_others_are_given():
+    assert files.ATTACHED == ('/kaggle/input',) and next(files.attached_folders()) == '/kaggle/input'
+
+
+def test_a_submission_is_copied_to_where_kaggle_looks_for_it_and_nowhere_else(tmp_path, monkeypatch, capsys):
+    made, working = tmp_path / 'submission.zip', tmp_path / 'working'
+    made.write_bytes(b'new')
+    files.copy_to_kaggle_output(made, working)
+    assert not working.exists() and not capsys.readouterr().out  # not on Kaggle
+    working.mkdir()
+    (working / 'submission.zip').write_bytes(b'old')
+    for _ in range(2):
+        files.copy_to_kaggle_output(made, working)
+        assert (working / 'submission.zip').read_bytes() == b'new' and len(list(working.iterdir())) == 1
+    files.copy_to_kaggle_output(working / 'submission.zip', working)
+    assert (working / 'submission.zip').read_bytes() == b'new'
+    assert capsys.readouterr().out == f'{working}/submission.zip: the same file\n'
+
+    def refuse(source, target):
+        raise OSError(18, 'Invalid cross-device link')
+
+    monkeypatch.setattr(os, 'link', refuse)
+    made.unlink()
+    made.write_bytes(b'newer')
+    files.copy_to_kaggle_output(made, working)
+    assert (working / 'submission.zip').read_bytes() == b'newer' and len(list(working.iterdir())) == 1
+
+
+def test_a_copy_that_was_killed_does_not_change_the_submission_that_it_was_of(tmp_path):
+    (tmp_path / 'working').mkdir()
+    for name in ('first', 'second'):
+        (tmp_path / name).write_bytes(name.encode())
+    with files.whole_file(tmp_path / 'working/submission.zip') as beside:
+        os.link(tmp_path / 'first', beside)
+        shutil.copytree(tmp_path / 'working', tmp_path / 'killed', copy_function=os.link)
+    files.copy_to_kaggle_output(tmp_path / 'second', tmp_path / 'killed')
+    assert (tmp_path / 'killed/submission.zip').read_bytes() == b'second'
+    assert (tmp_path / 'first').read_bytes() == b'first' and os.listdir(tmp_path / 'killed') == ['submission.zip']
+
+
+def test_hashes_tell_states_apart_by_name_type_shape_and_value_but_not_by_order(tmp_path):
+    (tmp_path / 'abc').write_bytes(b'abc')
+    assert files.file_hash(tmp_path / 'abc') == (
+        'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad')  # FIPS 180-2, appendix B.1
+    a, b = torch.zeros(2, 2), torch.ones(3, dtype=torch.bfloat16)
+    same = [{'a': a, 'b': b}, {'b': b, 'a': a}]
+    others = [{'a': a}, {'a': a, 'c': b}, {'a': a.view(4), 'b': b}, {'a': a + 1e-7, 'b': b},
+              {'a': a.int(), 'b': b}, {'a': a, 'b': b.half()}, {'a': -a, 'b': b}, {'b': a, 'a': b}]
+    hashes = [files.state_hash(state) for state in same + others]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 1 + len(others)
+    assert all(len(one) == 16 and int(one, 16) for one in hashes)
+
+
+def test_a_states_hash_is_that_of_its_values_however_they_lie_in_memory():
+    a = torch.arange(6.).view(2, 3)
+    assert files.state_hash({'a': a.T}) == files.state_hash({'a': a.T.contiguous().requires_grad_()})
+    assert files.state_hash({'a': torch.tensor(1.), 'empty': torch.ones(0, 3)})
+
+
+def test_a_name_that_was_meant_is_proposed_and_nothing_where_none_is_near():
+    assert files.did_you_mean('epoch', ['seed', 'epochs']) == ' Did you mean epochs?'
+    assert files.did_you_mean('seeds', ('seed', 'seed_', 'x')) == ' Did you mean seed or seed_?'
+    assert files.did_you_mean('zyzzyva', {'seed': 1}) == ''
+
+
+def test_a_progress_bar_is_written_to_the_output_and_not_to_the_errors(capsys):
+    assert list(files.progress_bar(range(3), 'reading')) == [0, 1, 2]
+    said = capsys.readouterr()
+    assert 'reading' in said.out and not said.err

@@ -1,0 +1,292 @@
+"""Towers by name, from open_clip and timm: what is found from the model, and that ours are open_clip's own, only faster."""
+import copy
+from dataclasses import replace
+
+import open_clip
+import pytest
+import timm
+import torch
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file, save_file
+
+from guie.checkpoints import load_run, open_checkpoint, save_run
+from guie.config import Config
+from guie.model import Embedder, SubcenterHead, resize
+from guie.soups import average_states, save_soup
+from guie.submission import export_submission
+from guie.towers import (
+    NO_TEXT,
+    TowerSpec,
+    build_tower,
+    checkpoint_activations,
+    load_image_tower,
+    packed,
+    tower_blocks,
+    weights_source,
+)
+from guie.training import fit
+
+MINIATURE = 'local-dir:media/miniature'
+
+
+@pytest.fixture(scope='module')
+def tower():
+    return load_image_tower(MINIATURE)
+
+
+def test_the_miniature_is_open_clips_own_vision_transformer_with_the_shipped_weights(tower):
+    assert type(tower) is VisionTransformer
+    shipped = load_file('media/miniature/open_clip_model.safetensors')
+    assert set(tower.state_dict()) == {name.removeprefix('visual.') for name in shipped if name.startswith('visual.')}
+    assert all(torch.equal(tensor, shipped[f'visual.{name}'].float()) for name, tensor in tower.state_dict().items())
+    assert tower.spec.image_size == 64 and tower.spec.activation == 'gelu'
+
+
+def test_a_larger_image_size_resizes_the_position_embedding_only(tower):
+    larger = load_image_tower(MINIATURE, image_size=96)
+    changed = [name for name, tensor in larger.state_dict().items() if tensor.shape != tower.state_dict()[name].shape]
+    assert changed == ['positional_embedding'] and len(larger.positional_embedding) == 6 * 6 + 1
+
+
+@pytest.mark.parametrize('model_name, pretrained, words', [
+    ('ViT-H-15', 'laion2b_s32b_b79k', 'Did you mean .*ViT-H-14'),
+    ('ViT-H-14', 'laion3b', 'its tags are laion2b_s32b_b79k'),
+    ('ViT-H-14', '', 'neither a weights file nor a tag'),
+    ('ViT-L-14', __file__, 'tag@'),
+    ('local-dir:nowhere', '', 'No such file or directory.*nowhere'),
+    ('timm:efficientnet_light0', 'random', 'Did you mean'),
+    ('timm:efficientnet_lite0', 'nowhere.pth', 'does not exist'),
+    ('timm:test_efficientnet', __file__, 'is truncated or holds no weights'),
+])
+def test_a_wrong_name_or_file_is_one_sentence(model_name, pretrained, words):
+    with pytest.raises(ValueError, match=words) as error:
+        load_image_tower(model_name, pretrained)
+    assert '\n' not in str(error.value)
+
+
+def test_timms_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch):
+    def offline(name, pretrained, **options):
+        raise OSError('cannot reach the hub\nwith a traceback')
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(ValueError, match='timm:resnet18 could not be downloaded .cannot reach the hub.: turn') as error:
+        load_image_tower('timm:resnet18')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('model_name, tag, mean, quick', [
+    ('ViT-H-14', 'laion2b_s32b_b79k', .48145466, None), ('ViT-L-14', 'laion2b_s32b_b82k', .5, None),
+    ('ViT-L-14-336', 'openai', .48145466, True)])
+def test_a_local_file_keeps_the_facts_of_the_recipes_tags(tmp_path, model_name, tag, mean, quick):
+    (tmp_path / 'weights').touch()
+    for file in (f'{tmp_path}/weights', 'random'):
+        source, facts = weights_source(model_name, f'{tag}@{file}')
+        assert source == (None if file == 'random' else file)
+        assert facts['mean'][0] == pytest.approx(mean) and facts.get('quick_gelu') == quick
+
+
+def save_pickled(state, path):
+    torch.save({'state_dict': state}, path)
+
+
+@pytest.mark.parametrize('save', [torch.save, save_pickled, save_file])
+def test_a_timm_models_weights_file_loads_whatever_its_name_without_its_classifier(tmp_path, save):
+    torch.manual_seed(0)
+    model = timm.create_model('test_efficientnet', pretrained=False).eval()
+    save(model.state_dict(), tmp_path / 'weights')
+    tower = load_image_tower('timm:test_efficientnet', str(tmp_path / 'weights'), 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+        assert torch.allclose(tower(images), expected, atol=1e-6) and tower.spec.width == expected.shape[1]
+
+
+KINDS = {  # of open_clip's towers: what their vision_cfg changes
+    'class token': {}, 'mean of tokens': {'pool_type': 'avg'}, 'layer scale': {'ls_init_value': .1},
+    'norm last': {'pool_type': 'avg', 'final_ln_after_pool': True},
+    'coca': {'attentional_pool': True, 'attn_pooler_heads': 2, 'output_tokens': True}}
+VISION = {'image_size': 32, 'patch_size': 8, 'layers': 3, 'width': 64, 'head_width': 32}
+
+
+def spec_of(kind='class token', quick_gelu=False):
+    plan = {'library': 'open_clip', 'embed_dim': 16, 'vision_cfg': VISION | KINDS[kind], 'quick_gelu': quick_gelu}
+    return TowerSpec(kind, 'random', 32, (.5,) * 3, (.5,) * 3, 'gelu', 16, plan)
+
+
+def step(tower, images):
+    """(output, {name: gradient}) of a step of training."""
+    output = tower.train()(images)
+    output = output[0] if isinstance(output, tuple) else output
+    output.square().sum().backward()
+    return output.detach(), {name: parameter.grad for name, parameter in tower.named_parameters()}
+
+
+def assert_same_step(one, other, images):
+    (output, gradients), (expected, reference) = step(one, images), step(other, images)
+    assert list(gradients) == list(reference)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-5, atol=1e-5 * float(reference[name].abs().max()),
+                                   msg=name)
+
+
+@pytest.mark.parametrize('quick_gelu', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_tower_has_the_names_output_and_gradients_of_open_clips_default_blocks(kind, quick_gelu):
+    torch.manual_seed(0)
+    plain = open_clip.CLIP(16, VISION | KINDS[kind], NO_TEXT, quick_gelu=quick_gelu).visual
+    for parameter in plain.parameters():
+        parameter.data += .1 * torch.randn_like(parameter)  # biases begin at 0, where a wrong one does no harm
+    tower = build_tower(spec_of(kind, quick_gelu))
+    assert type(tower.transformer.resblocks[0]) is not type(plain.transformer.resblocks[0])
+    assert {name: tensor.shape for name, tensor in tower.state_dict().items()} == {
+        name: tensor.shape for name, tensor in plain.state_dict().items()}
+    tower.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        expected = plain.eval()(images)
+        expected = expected[0] if kind == 'coca' else expected
+        torch.testing.assert_close(tower.eval()(images), expected, rtol=1e-5, atol=1e-5)
+    assert_same_step(tower, plain, images)
+
+
+def test_other_towers_than_transformers_are_open_clips_as_they_are():
+    for name in ('RN50', 'ViT-B-16-SigLIP'):
+        vision = open_clip.get_model_config(name)['vision_cfg']
+        assert packed(vision) == vision
+    with torch.device('meta'):
+        assert load_image_tower('RN50', 'random')(torch.zeros(1, 3, 224, 224)).shape == (1, 1024)
+
+
+def test_a_coca_tower_gives_one_vector_an_image():
+    with torch.device('meta'):
+        tower = load_image_tower('coca_ViT-B-32', 'random')
+        for one in (tower, build_tower(tower.spec)):
+            assert one(torch.zeros(2, 3, 224, 224)).shape == (2, 512)
+
+
+@pytest.mark.parametrize('kind', ['class token', 'coca'])
+def test_recomputed_activations_give_the_same_step_also_in_a_copy_and_when_asked_for_twice(kind):
+    torch.manual_seed(0)
+    tower, images, calls = build_tower(spec_of(kind)), torch.randn(4, 3, 32, 32), []
+    tower.transformer.resblocks[1].ln_1.register_forward_hook(lambda *_: calls.append(1))
+    plain, plain_calls = copy.deepcopy(tower), len(calls)
+    checkpoint_activations(tower)
+    checkpoint_activations(tower)
+    copied = copy.deepcopy(tower)
+    assert plain_calls == 0 and list(copied.state_dict()) == list(plain.state_dict())
+    assert_same_step(tower, plain, images)
+    assert len(calls) == 1 + 2  # once without, twice with: forward, and again for backward
+    with torch.no_grad():
+        tower.proj.zero_()
+        for parameter in tower.transformer.parameters():
+            parameter.fill_(torch.nan)
+    plain.zero_grad()
+    assert_same_step(copied, plain, images)  # whose blocks are its own
+    assert len(calls) == 1 + 2 + 1 + 2
+    copied.eval()
+    with torch.inference_mode():
+        assert torch.equal(copied(images), plain.eval()(images))
+
+
+def test_a_model_that_cannot_recompute_activations_says_so(capsys):
+    with torch.device('meta'):
+        vgg = timm.create_model('vgg11')
+    for tower in (torch.nn.Flatten(), vgg):
+        checkpoint_activations(tower)
+        assert f'{type(tower).__name__} cannot recompute activations' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('overlap', [0., .5])
+def test_a_tower_trains_a_step_is_saved_and_built_again(tower, tmp_path, overlap):
+    torch.manual_seed(0)
+    model = Embedder(copy.deepcopy(tower), SubcenterHead(tower.spec.width, 3, dim=8))
+    resize(model, 48, overlap)
+    checkpoint_activations(model.tower)
+    before, images = copy.deepcopy(model.state_dict()), torch.randint(256, (3, 3, 48, 48), dtype=torch.uint8)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    torch.nn.functional.cross_entropy(model(images, classify=True), torch.arange(3)).backward()
+    optimiser.step()
+    assert not [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
+    save_run(tmp_path / 'run', model, Config())
+    again = load_run(tmp_path / 'run')
+    assert again.spec == model.spec and again.spec.image_size == 48
+    with torch.inference_mode():
+        assert torch.equal(again(images), model.eval()(images))
+
+
+OPENAI, HALF, IMAGENET = (.48145466, .4578275, .40821073), (.5, .5, .5), (.485, .456, .406)
+STD = {OPENAI: (.26862954, .26130258, .27577711), HALF: HALF, IMAGENET: (.229, .224, .225)}
+TOWERS = [  # name, tag ('random': timm's own), width, pixels, mean, activation, blocks, millions of parameters
+    ('ViT-SO400M-14-SigLIP-384', 'webli', 1152, 384, HALF, '', 27, 428),
+    ('ViT-SO400M-16-SigLIP2-384', 'webli', 1152, 384, HALF, '', 27, 428),
+    ('ViT-H-14', 'laion2b_s32b_b79k', 1024, 224, OPENAI, 'gelu', 32, 632),
+    ('ViT-L-14-336', 'openai', 768, 336, OPENAI, 'quick_gelu', 24, 304),
+    ('ViT-H-14-quickgelu', 'dfn5b', 1024, 224, OPENAI, 'quick_gelu', 32, 632),
+    ('ViT-H-14-378-quickgelu', 'dfn5b', 1024, 378, OPENAI, 'quick_gelu', 32, 633),
+    ('ViT-H-14-quickgelu', 'metaclip_fullcc', 1024, 224, OPENAI, 'quick_gelu', 32, 632),
+    ('EVA02-L-14-336', 'merged2b_s6b_b61k', 768, 336, OPENAI, '', 24, 304),
+    ('PE-Core-L-14-336', 'meta', 1024, 336, HALF, '', 24, 317),
+    ('timm:vit_large_patch14_dinov2', 'random', 1024, 518, IMAGENET, '', 24, 304),
+    ('timm:vit_large_patch16_dinov3', 'random', 1024, 256, IMAGENET, '', 24, 303)]
+STEMS = {'conv1', 'class_embedding', 'positional_embedding', 'ln_pre', 'pos_embed', 'cls_token', 'reg_token', 'proj',
+         'norm_pre'}
+
+
+@pytest.mark.parametrize('name, tag, width, pixels, mean, activation, depth, millions', TOWERS)
+def test_a_tower_says_what_it_is(name, tag, width, pixels, mean, activation, depth, millions):
+    with torch.device('meta'):
+        tower = load_image_tower(name, tag if tag == 'random' else f'{tag}@random')
+        for one in (tower, build_tower(tower.spec)):
+            assert one(torch.zeros(1, 3, pixels, pixels)).shape == (1, width)
+    spec = tower.spec
+    assert (spec.width, spec.image_size, spec.activation) == (width, pixels, activation)
+    assert spec.mean == pytest.approx(mean) and spec.std == pytest.approx(STD[mean])
+    assert round(sum(parameter.numel() for parameter in tower.parameters()) / 1e6) == millions
+    blocks, found = tower_blocks(tower)
+    assert found == depth and {block for block in blocks.values() if 0 <= block < depth} == set(range(depth))
+    stem = {name.split('.')[-1 - name.endswith(('weight', 'bias'))] for name, block in blocks.items() if block < 0}
+    assert stem <= STEMS and stem & {'conv1', 'proj'}
+
+
+SMALL = [('timm:test_vit3', 48), ('PE-Core-T-16-384', 32), ('timm:eva02_tiny_patch14_224', 28),
+         ('timm:vit_tiny_patch16_dinov3_qkvb', 32), ('timm:test_vit2', 48)]
+
+
+@pytest.mark.parametrize('name, size', SMALL)  # pooling as SigLIP's; PE; EVA-02; DINOv3; registers as DINOv2's
+def test_a_small_one_trains_a_step_makes_a_soup_and_is_exported(train, tmp_path, name, size):
+    config = Config(model_name=name, pretrained='random', image_size=size, batch_size=32, effective_batch=64,
+                    embedding_dim=16, warmup_steps=0, checkpoint_activations=True)
+    torch.manual_seed(0)
+    tower = load_image_tower(name, 'random', size)
+    for seed in (1, 2):
+        model = Embedder(copy.deepcopy(tower), SubcenterHead(tower.spec.width, 12, dim=16))
+        fit(config.override(seed=seed), model, train, tmp_path / str(seed))
+    runs = [open_checkpoint(tmp_path / str(seed)) for seed in (1, 2)]
+    first, second = runs
+    parameters = [f'tower.{name}' for name, parameter in tower.named_parameters()]
+    assert all(not torch.equal(first[name], second[name]) for name in parameters if first[name].ndim > 1)
+    save_soup(average_states(runs), tmp_path / 'soup', runs, 'uniform')
+    export_submission(load_run(tmp_path / 'soup'), tmp_path)
+    assert (tmp_path / 'submission.zip').stat().st_size > 4 * sum(p.numel() for p in tower.parameters())
+
+
+def test_weights_of_another_size_are_resized_and_come_back_at_the_new_one(tmp_path):
+    torch.manual_seed(0)
+    own = load_image_tower('timm:test_vit3', 'random')
+    save_file(own.state_dict(), tmp_path / 'weights')
+    larger = load_image_tower('timm:test_vit3', str(tmp_path / 'weights'), 192)
+    assert larger.pos_embed.shape[1] == own.pos_embed.shape[1] * 144 // 100 and larger.spec.image_size == 192
+    assert torch.equal(larger.blocks[0].attn.qkv.weight, own.blocks[0].attn.qkv.weight)
+    save_run(tmp_path / 'run', Embedder(larger), Config())
+    images = torch.randint(256, (2, 3, 192, 192), dtype=torch.uint8)
+    assert torch.equal(load_run(tmp_path / 'run')(images), Embedder(larger).eval()(images))
+
+
+def test_efficientnets_first_norm_learns_as_slowly_as_its_first_convolution():
+    blocks, depth = tower_blocks(load_image_tower('timm:test_efficientnet', 'random', 32))
+    assert blocks['bn1.weight'] == blocks['conv_stem.weight'] == -1 and blocks['bn2.weight'] == depth
+
+
+def test_a_tower_of_ones_own_making_cannot_be_rebuilt_from_its_spec_alone():
+    with pytest.raises(ValueError, match='mine cannot be rebuilt from its checkpoint alone; pass its tower along'):
+        build_tower(replace(spec_of(), model_name='mine', architecture={}))

@@ -1,0 +1,34 @@
+"""What several test files share: small files on disk and small tables."""
+import json
+from pathlib import Path
+
+import pandas as pd
+
+import utilities
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NO_IMAGE = b'not decoded by any of these tests'
+
+
+def write_files(root, files):
+    """Files below root: a list of image paths, or a dict path -> text."""
+    for path in files:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(files[path].encode() if isinstance(files, dict) else NO_IMAGE)
+
+
+def table(counts, domain='things'):
+    """DataFrame path, label, domain of {label: number of images}; there are no such files."""
+    rows = [(f'/{domain}/{label}/{number:03d}.jpg', label, domain)
+            for label, count in counts.items() for number in range(count)]
+    return pd.DataFrame(rows, columns=['path', 'label', 'domain'])
+
+
+def notebook_config(name):
+    """The Config of a training notebook's configuration cell."""
+    cells = json.loads((ROOT / f'{name}.ipynb').read_text())['cells']
+    source, = (''.join(cell['source']) for cell in cells if 'configuration' in cell['metadata'].get('tags', []))
+    names = {'utilities': utilities}
+    exec(source, names)
+    return names['config']
