@@ -9,6 +9,10 @@ test: .venv/test-ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
+# The same with the packages of Kaggle's image, in an environment of its own; it needs Python 3.12.
+test-kaggle: .venv-kaggle/ready
+	.venv-kaggle/bin/python -m pytest
+
 BENCHMARKS = image_input head neighbours soup pca submission embedding step demo_share
 
 benchmark: .venv/benchmark-ready
@@ -31,4 +35,9 @@ notebooks: demo
 	.venv/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt
 	touch $@
 
-.PHONY: demo test benchmark notebooks
+.venv-kaggle/ready: requirements-kaggle.txt
+	test -x .venv-kaggle/bin/python || python3.12 -m venv .venv-kaggle
+	.venv-kaggle/bin/python -m pip install --quiet --requirement requirements-kaggle.txt
+	touch $@
+
+.PHONY: demo test test-kaggle benchmark notebooks

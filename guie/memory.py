@@ -168,6 +168,6 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
               'OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves loses its state.'
                            if 4 * weights <= disk else '.'))
     rows = {**needs, 'memory in all': total, f'memory {words}': capacity,
-            'two states to go on from, and the weights': 7 * weights, 'disk free': disk}
+            'two checkpoints to resume from, and the weights': 7 * weights, 'disk free': disk}
     table = pd.DataFrame({'need': list(rows), 'GB': [size / 1e9 for size in rows.values()]})
     return table.replace({'activations': f'activations, batch of {config.batch_size}'})

@@ -92,12 +92,15 @@ def load_open_clip(model_name, pretrained, image_size=None):
         vision_cfg = packed(open_clip.get_model_config(model_name)['vision_cfg'])
         changed = {'vision_cfg': vision_cfg | ({'image_size': image_size} if image_size else {})}
         with no_warnings_logged() if random else nullcontext():
-            return open_clip.create_model(
+            model = open_clip.create_model(
                 model_name, pretrained=source, force_image_size=image_size, load_weights=not random,
                 require_pretrained=not random, device=torch.get_default_device(),
                 force_quick_gelu=facts.get('quick_gelu', False),
                 force_preprocess_cfg={name: facts[name] for name in ('mean', 'std') if facts.get(name)},
                 **(changed if 'block_type' in vision_cfg else {}))
+        for block in model.visual.transformer.resblocks if random and 'block_type' in vision_cfg else ():
+            nn.init.xavier_uniform_(block.attn.in_proj_weight)  # as in the default blocks; open_clip draws these too wide
+        return model
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
                          f'{str(error).strip().splitlines()[0]}') from error

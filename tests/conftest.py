@@ -1,4 +1,4 @@
-"""A small world of photographs, made once a test session."""
+"""A small world of images, made once a test session."""
 import os
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def in_the_repository(monkeypatch):
 
 @pytest.fixture(scope='session')
 def tiny_world(tmp_path_factory):
-    """12 objects, 6 photographs each, as a CSV."""
+    """12 objects, 6 images each, as a CSV."""
     folder = tmp_path_factory.mktemp('world')
     rows = []
     for row in demo.objects().query("split == 'training'").head(12).itertuples(name=None):
@@ -36,8 +36,8 @@ def train(tiny_world):
 
 @pytest.fixture
 def photos_folder():
-    """A folder of real photographs, named by the environment variable PHOTOS."""
+    """A folder of real images, named by the environment variable PHOTOS."""
     folder = os.environ.get('PHOTOS')
     if not folder:
-        pytest.skip('PHOTOS does not name a folder with train.csv, query.csv and index.csv: real photographs are untested')
+        pytest.skip('PHOTOS does not name a folder with train.csv, query.csv and index.csv: real images are untested')
     return Path(folder)

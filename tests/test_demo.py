@@ -1,5 +1,4 @@
 """The embedded data: honest splits, repeatable views, shippable weights."""
-import json
 import os
 import subprocess
 import sys
@@ -7,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
 import demo
-import utilities
 
 
 def test_every_object_stands_in_one_split_and_is_drawn_differently():
@@ -53,56 +50,8 @@ def test_the_world_leaks_no_object_between_what_is_trained_chosen_and_reported(t
     assert searched[list(labels['query'])].min() < 5 <= searched[list(labels['query'])].max()  # k_q matters
 
 
-def test_the_miniature_is_small_and_reads_its_own_names(capsys):
+def test_the_miniature_is_small():
     assert Path('media/miniature/open_clip_model.safetensors').stat().st_size < 12e6
-    names = demo.objects().query("split == 'pretraining'")['name'].tolist()
-    vectors = utilities.load_text_tower('local-dir:media/miniature')(names)
-    assert vectors.dtype == np.float32 and 'unknown' not in capsys.readouterr().out
-    assert len(np.unique(vectors.round(4), axis=0)) > .95 * len(names)
-
-
-def test_the_vocabulary_has_the_tasks_eleven_kinds_and_no_name_twice(capsys):
-    kinds = json.loads(Path('media/vocabulary.json').read_text())
-    assert len(kinds) == 11 and min(map(len, kinds.values())) >= 300
-    assert len(utilities.read_vocabulary('media/vocabulary.json')) == sum(map(len, kinds.values()))
-    assert 'dropped' not in capsys.readouterr().out
-
-
-def test_blank_and_repeated_names_are_dropped_aloud(capsys):
-    frame = utilities.read_vocabulary({'dishes': ['Pizza', ' ', 'pizza '], 'toys': ['kite']})
-    assert frame['name'].tolist() == ['Pizza', 'kite'] and 'dropped 1 blank names and 1' in capsys.readouterr().out
-
-
-def test_a_name_is_the_mean_of_its_unit_vectors_in_each_template():
-    said = []
-
-    def encode(texts):
-        said.extend(texts)
-        return np.array([[len(text), 3., ord(text[0])] for text in texts], np.float32)
-
-    vectors = utilities.text_vectors(encode, pd.Series(['kite', 'pizza'], index=[7, 3]), ('a {}.', 'The {} of all'))
-    assert said == ['a kite.', 'a pizza.', 'The kite of all', 'The pizza of all']
-    for row, name in zip(vectors, ('kite', 'pizza'), strict=True):
-        parts = [np.array([len(text), 3., ord(text[0])]) for text in (f'a {name}.', f'The {name} of all')]
-        mean = sum(part / np.linalg.norm(part) for part in parts)
-        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), rtol=1e-6)
-    with pytest.raises(ValueError, match="template 'a thing' has no {} for the name"):
-        utilities.text_vectors(encode, ['kite'], ('a {}', 'a thing'))
-
-
-def test_kinds_weigh_what_is_asked_and_an_unknown_kind_is_named():
-    kinds = pd.Series(['dishes', 'toys', 'dishes'])
-    assert utilities.kind_weights(kinds, {'dishes': 2}).tolist() == [2, 1, 2]
-    assert utilities.kind_weights(kinds, {}).tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="no kind 'dish' to weigh; its kinds are dishes, toys"):
-        utilities.kind_weights(kinds, {'dish': 2})
-
-
-@pytest.mark.parametrize('content', ['[1, 2]', '{"a": 1}', 'no json'])
-def test_another_file_is_no_vocabulary(content, tmp_path):
-    (tmp_path / 'v.json').write_text(content)
-    with pytest.raises(ValueError, match='is not a vocabulary'):
-        utilities.read_vocabulary(tmp_path / 'v.json')
 
 
 def test_media_stays_below_its_limit():

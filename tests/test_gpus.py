@@ -353,59 +353,6 @@ def test_a_sharded_run_that_was_stopped_goes_on_bit_for_bit(train, tmp_path):
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
 
 
-def _embed_by_two(train, folder):
-    torch.set_num_threads(1)
-    model, frames = new_model(), {'whole': train, 'odd': train.head(7), 'single': train.head(1), 'none': train.head(0)}
-    utilities.launch(_embed_each, model, frames, folder, processes=2)
-    for name, frame in frames.items():
-        np.save(folder / f'one_{name}.npy', utilities.embed(model, frame))
-
-
-def _embed_each(model, frames, folder):
-    rank, _ = utilities.own_share()
-    for name, frame in frames.items():
-        np.save(folder / f'{rank}_{name}.npy', utilities.embed(model, frame, batch_size=4))
-
-
-def test_two_processes_embed_every_photograph_once_in_order_whatever_their_number(train, tmp_path):
-    in_a_child(_embed_by_two, train, tmp_path)
-    for name, count in {'whole': 72, 'odd': 7, 'single': 1, 'none': 0}.items():
-        one = np.load(tmp_path / f'one_{name}.npy')
-        assert len(one) == count
-        for rank in range(2):
-            assert np.allclose(np.load(tmp_path / f'{rank}_{name}.npy'), one, atol=1e-6), name
-
-
-def _score_by_two(train, folder):
-    """As a kernel with two GPUs: whatever is asked of the notebooks' functions, two processes are launched for it."""
-    torch.set_num_threads(1)
-    model, frames = new_model(), {'query': train[::6], 'index': train.drop(train.index[::6])}
-    frames |= {f'selection_{name}': frame for name, frame in frames.items()}
-    kept = utilities.keep_pixels({'kept': train}, 32)
-
-    def made():
-        encode = utilities.load_text_tower('local-dir:media/miniature', 'miniature')
-        return {'texts': utilities.text_vectors(encode, ['apple', 'red car'], ('{}', '{} face')),
-                'score': utilities.selection_score(model, frames),
-                **utilities.embed_all(model, frames, names=('query', 'index')),
-                **utilities.embed_all(model, kept, names=['kept'])}
-
-    launch = utilities.launch
-    utilities.launch = functools.partial(launch, processes=2)
-    np.savez(folder / 'two.npz', **made())
-    assert kept['kept']._read.all()  # by the launched processes, in memory that this one shares
-    utilities.launch = launch
-    np.savez(folder / 'one.npz', **made())
-
-
-def test_texts_vectors_and_scores_of_two_processes_come_back_to_the_kernel(train, tmp_path):
-    in_a_child(_score_by_two, train, tmp_path)
-    one, two = (dict(np.load(tmp_path / f'{name}.npz')) for name in ('one', 'two'))
-    assert one.keys() == two.keys() and two['texts'].shape == (2, 128) and 0 < two['score'] <= 1
-    for name, array in one.items():
-        np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
-
-
 # What can happen to launched processes
 
 def _refuse(words):

@@ -62,11 +62,6 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(train, tmp_path, trains
     assert changed == {name for name in before if utilities.re.match(moving, name)}
 
 
-def test_more_blocks_than_there_are_cannot_be_trained():
-    with pytest.raises(ValueError, match="'last 7', but the tower has 6 blocks"):
-        utilities.freeze(utilities.new_model(CONFIG, 12), 'last 7')
-
-
 def test_without_stages_it_is_fit_bit_for_bit(train, tmp_path):
     utilities.fit(CONFIG, utilities.new_model(CONFIG, 12), train, tmp_path / 'fit')
     model = utilities.new_model(CONFIG, 12)
@@ -136,39 +131,6 @@ def test_the_hours_of_a_session_are_those_of_all_stages_together(train, tmp_path
     assert begun[0] == begun[1]
 
 
-def test_overlapping_patches_are_those_of_the_photograph_cut_at_a_smaller_stride(tmp_path):
-    config = CONFIG.override(overlap=.5)
-    model = utilities.new_model(config, 5).eval()
-    plain = utilities.new_model(CONFIG, 5)
-    assert model.tower.positional_embedding.shape[0] == 3 * 3 + 1 and model.tower.conv1.stride == (8, 8)
-    assert plain.tower.positional_embedding.shape[0] == 2 * 2 + 1
-    assert torch.equal(model.tower.conv1.weight, plain.tower.conv1.weight)
-    image = torch.rand(1, 3, 32, 32)
-    patches = model.tower.conv1(image)
-    assert torch.allclose(patches[:, :, 1, 2], plain.tower.conv1(image[:, :, 8:24, 16:32])[:, :, 0, 0], atol=1e-6)
-    utilities.save_run(tmp_path / 'run', model, config)
-    photographs = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(utilities.load_run(tmp_path / 'run')(photographs), model(photographs))
-
-
-def test_a_tower_resized_is_the_tower_loaded_at_that_size():
-    model = utilities.new_model(CONFIG, 5)
-    utilities.resize(model, 96)
-    loaded = utilities.load_image_tower(CONFIG.model_name, image_size=96)
-    again = utilities.resize_tower(utilities.load_image_tower(CONFIG.model_name, image_size=64), 96)
-    assert again is None and model.spec.image_size == 96
-    first = utilities.new_model(CONFIG.override(image_size=64), 5)
-    utilities.resize(first, 96)
-    assert torch.allclose(first.tower.positional_embedding, loaded.positional_embedding, atol=1e-5)
-    assert first.spec.architecture['vision_cfg']['image_size'] == 96
-
-
-def test_only_open_clips_own_transformers_can_have_overlapping_patches():
-    config = CONFIG.override(model_name='timm:test_efficientnet', pretrained='random', overlap=.5)
-    with pytest.raises(ValueError, match='overlap is 0.5, but only .*test_efficientnet'):
-        utilities.new_model(config, 5)
-
-
 def test_only_the_domains_asked_for_are_trained_on_and_targets_stay_those_of_all_classes(train, tmp_path, monkeypatch):
     frame = train.assign(domain=np.where(train['label'].isin(sorted(train['label'].unique())[:6]), 'first', 'last'))
     seen, photos = [], utilities.Photos
@@ -179,18 +141,6 @@ def test_only_the_domains_asked_for_are_trained_on_and_targets_stay_those_of_all
     assert set(chosen['domain']) == {'last'} and set(options['targets']) == set(range(6, 12))
     with pytest.raises(ValueError, match="none of the domains 'nowhere'; theirs are first, last"):
         utilities.fit(CONFIG.override(domains=('nowhere',)), utilities.new_model(CONFIG, 12), frame, tmp_path / 'other')
-
-
-def test_a_normalised_head_is_loaded_again_and_is_batch_norm_and_linear_map(train, tmp_path):
-    config = CONFIG.override(head_norm=True)
-    model = utilities.new_model(config, 12)
-    utilities.fit(config, model, train, tmp_path / 'run')
-    head, features = model.head, torch.randn(4, model.spec.width)
-    assert head.norm.running_mean.abs().max() > 0
-    scaled = (features - head.norm.running_mean) / (head.norm.running_var + 1e-5).sqrt()
-    expected = torch.nn.functional.normalize(scaled @ head.embedding.weight.T)
-    assert torch.allclose(model.eval().project(features), expected, atol=1e-5)
-    assert torch.equal(utilities.load_run(tmp_path / 'run').project(features), model.project(features))
 
 
 def slow_relation_loss(student, teacher):

@@ -1,45 +1,45 @@
+"""Soups: the exact average in little memory, greedy soups, WiSE-FT; ingredients stay as they are."""
 import itertools
 import json
-import os
-import pickle
-import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import CONFIG, new_model
+from test_checkpoints import SPEC, as_authors, random_state
+from worlds import ROOT
 
-import utilities
-
-SPEC = {'model_name': 'ViT-T', 'pretrained': 'x', 'image_size': 64, 'mean': [.5, .5, .5], 'std': [.5, .5, .5],
-        'activation': 'gelu', 'width': 8, 'architecture': {}}
-
-
-def random_state(seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {'tower.proj': (8, 4), 'tower.bias': (), 'head.embedding.weight': (5, 8), 'head.centers': (6, 4)}
-    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+from guie import embedding, soups
+from guie.checkpoints import base_state, find_ingredients, list_runs, load_run, open_checkpoint, save_run, save_state
+from guie.config import Config
+from guie.embedding import embed, embed_all
+from guie.files import file_hash, state_hash
+from guie.retrieval import mean_precision_at_5
+from guie.soups import (
+    StateEmbedder,
+    average_states,
+    greedy_soup,
+    interpolate_states,
+    interpolation_scores,
+    mean_tensor,
+    save_soup,
+    soup_metadata,
+    sweep_alpha,
+    task_vector_cosines,
+)
+from guie.submission import evaluate_submission, export_submission
+from runs import CONFIG, contents, new_model
 
 
 def written(folder, states, **metadata):
     paths = [folder / f'run{i}' / 'model.safetensors' for i in range(len(states))]
     for path, state in zip(paths, states, strict=True):
-        utilities.save_state(state, path, {key: json.dumps(value) for key, value in metadata.items()})
+        save_state(state, path, {key: json.dumps(value) for key, value in metadata.items()})
     return paths
-
-
-def as_authors(state):
-    """The state under the names of the original authors' files, with their text tower."""
-    ours = {'head.embedding.weight': 'head.emb.weight', 'head.centers': 'head.arc.weight'}
-    theirs = {ours.get(name, name.replace('tower.', 'vit_backbone.visual.')): x for name, x in state.items()}
-    text = ('transformer.resblocks.0.ln_1.weight', 'token_embedding.weight', 'positional_embedding',
-            'ln_final.weight', 'text_projection', 'logit_scale')
-    return theirs | {f'vit_backbone.{name}': torch.ones(3) for name in text}
 
 
 def assert_same(one, other):
@@ -50,7 +50,7 @@ def assert_same(one, other):
 
 def test_the_soup_of_1_2_3_4_is_two_and_a_half_everywhere_and_not_its_last_ingredient(tmp_path):
     states = [{name: torch.full_like(x, i) for name, x in random_state().items()} for i in (1, 2, 3, 4)]
-    soup = utilities.average_states(written(tmp_path, states))
+    soup = average_states(written(tmp_path, states))
     assert soup.keys() == states[0].keys()
     for name, tensor in soup.items():
         assert tensor.shape == states[0][name].shape
@@ -59,9 +59,9 @@ def test_the_soup_of_1_2_3_4_is_two_and_a_half_everywhere_and_not_its_last_ingre
 
 @pytest.mark.parametrize('chunk', [1, 7, 8, 1 << 15])
 def test_the_average_is_the_float64_mean_rounded_once_whatever_the_chunk(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(utilities, 'CHUNK', chunk)
+    monkeypatch.setattr(soups, 'mean_tensor', partial(mean_tensor, chunk=chunk))
     states = [random_state(seed) | {'empty': torch.ones(0, 3)} for seed in range(3)]
-    soup = utilities.average_states(written(tmp_path, states))
+    soup = average_states(written(tmp_path, states))
     for name in soup:
         exact = np.mean([state[name].numpy().astype(np.float64) for state in states], axis=0)
         np.testing.assert_array_equal(soup[name].numpy(), exact.astype(np.float32))
@@ -70,69 +70,48 @@ def test_the_average_is_the_float64_mean_rounded_once_whatever_the_chunk(tmp_pat
 def test_weights_count_by_their_share(tmp_path):
     states = [random_state(seed) for seed in range(3)]
     paths = written(tmp_path, states)
-    soup = utilities.average_states(paths, weights=[1, 0, 3])
+    soup = average_states(paths, weights=[1, 0, 3])
     for name in soup:
         expected = .25 * states[0][name].double() + .75 * states[2][name].double()
         assert torch.equal(soup[name], expected.float())
-    tenth = utilities.average_states(paths, weights=[.1, 0, .3])
+    tenth = average_states(paths, weights=[.1, 0, .3])
     np.testing.assert_allclose(tenth['tower.proj'], soup['tower.proj'], rtol=1e-6)
 
 
 def test_the_average_of_one_file_is_that_file_to_the_sign_of_a_zero(tmp_path):
     state = random_state() | {'tower.zeros': torch.tensor([-0., 0.])}
-    soup = utilities.average_states(written(tmp_path, [state]))
-    assert utilities.state_digest(soup) == utilities.state_digest(state)
+    soup = average_states(written(tmp_path, [state]))
+    assert state_hash(soup) == state_hash(state)
 
 
 @pytest.mark.parametrize('weights', [[1], [1, 2, 3], [1, -1], [0, 0], [1, float('nan')], [1, float('inf')]])
 def test_weights_that_are_no_shares_are_refused(tmp_path, weights):
     with pytest.raises(ValueError, match='as many weights, none negative'):
-        utilities.average_states(written(tmp_path, [random_state(0), random_state(1)]), weights)
+        average_states(written(tmp_path, [random_state(0), random_state(1)]), weights)
 
 
 def test_no_path_is_refused_and_one_path_twice_is_announced(tmp_path, capsys):
     with pytest.raises(ValueError, match='at least one checkpoint'):
-        utilities.average_states([])
+        average_states([])
     path, = written(tmp_path, [random_state()])
-    soup = utilities.average_states([path, path.parent / '..' / 'run0' / path.name])
+    soup = average_states([path, path.parent / '..' / 'run0' / path.name])
     assert_same(soup, load_file(path))
     assert 'more than once' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda state: state,
-    lambda state: {f'module.{name}': x for name, x in state.items()},
-    lambda state: {'state_dict': state, 'epoch': 1},
-    lambda state: {'model': {f'module.{name}': torch.nn.Parameter(x) for name, x in state.items()}},
-], ids=['flat', 'module.', 'state_dict', 'model'])
-@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
-def test_the_original_authors_files_equal_ours(tmp_path, wrap, zipped):
+def test_the_original_authors_files_average_with_ours_as_ours_do(tmp_path):
     states = [random_state(seed) for seed in (0, 1)]
-    ours = written(tmp_path, states)
-    theirs = [tmp_path / f'{i}_0.688' for i in (0, 1)]
-    for path, state in zip(theirs, states, strict=True):
-        torch.save(wrap(as_authors(state)), path, _use_new_zipfile_serialization=zipped)
-    expected = utilities.average_states(ours)
+    ours, theirs = written(tmp_path, states), [tmp_path / '0_0.688', tmp_path / '1_0.688']
+    for path, state in zip(theirs, states):
+        torch.save(as_authors(state), path)
     for paths in (theirs, [ours[0], theirs[1]], [theirs[0], ours[1]]):
-        soup = utilities.average_states(paths)
-        assert_same({name: soup[name] for name in expected}, expected)
-        assert len(soup) == len(expected)
-
-
-def test_opening_tells_names_shapes_types_and_metadata_without_extension(tmp_path):
-    state = random_state()
-    save_file(state, tmp_path / 'a.pt', {'spec': json.dumps(SPEC)})
-    torch.save(state, tmp_path / 'b.safetensors')
-    for name, metadata in (('a.pt', {'spec': json.dumps(SPEC)}), ('b.safetensors', {})):
-        checkpoint = utilities.open_checkpoint(tmp_path / name)
-        assert checkpoint.metadata == metadata and set(checkpoint.keys()) == set(state)
-        assert all(torch.equal(checkpoint[key], state[key]) for key in state)
+        assert_same(dict(sorted(average_states(paths).items())), dict(sorted(average_states(ours).items())))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_averages_to_float32_and_says_so(tmp_path, capsys, dtype):
     states = [{name: x.to(dtype) for name, x in random_state(seed).items()} for seed in (0, 1)]
-    soup = utilities.average_states(written(tmp_path, states))
+    soup = average_states(written(tmp_path, states))
     for name in soup:
         assert soup[name].dtype == torch.float32
         assert torch.equal(soup[name], ((states[0][name].double() + states[1][name].double()) / 2).float())
@@ -140,14 +119,14 @@ def test_half_precision_averages_to_float32_and_says_so(tmp_path, capsys, dtype)
 
 
 def test_float64_stays_float64(tmp_path):
-    soup = utilities.average_states(written(tmp_path, [{'a': torch.tensor([1 / 3]).double()}] * 2))
+    soup = average_states(written(tmp_path, [{'a': torch.tensor([1 / 3]).double()}] * 2))
     assert soup['a'].dtype == torch.float64 and soup['a'].item() == torch.tensor([1 / 3]).double().item()
 
 
 def test_tensors_that_are_not_contiguous_average_by_place(tmp_path):
     for i in (0, 1):
         torch.save({'a': (torch.arange(6.).view(2, 3) + i).T}, tmp_path / str(i))
-    soup = utilities.average_states([tmp_path / '0', tmp_path / '1'])
+    soup = average_states([tmp_path / '0', tmp_path / '1'])
     assert torch.equal(soup['a'], torch.arange(6.).view(2, 3).T + .5)
 
 
@@ -155,11 +134,11 @@ def test_of_step_counters_the_largest_stays_and_other_integers_must_be_equal(tmp
     def state(steps, index):
         return {'bn.running_mean': torch.tensor([1. * steps]), 'bn.num_batches_tracked': torch.tensor(steps),
                 'position_index': torch.tensor([1, index]), 'mask': torch.tensor([True, False])}
-    soup = utilities.average_states(written(tmp_path / 'a', [state(10, 2), state(30, 2), state(20, 2)]))
+    soup = average_states(written(tmp_path / 'a', [state(10, 2), state(30, 2), state(20, 2)]))
     assert soup['bn.num_batches_tracked'] == 30 and soup['bn.running_mean'] == 20
     assert soup['position_index'].tolist() == [1, 2] and soup['mask'].dtype == torch.bool
     with pytest.raises(ValueError, match='integer buffers: position_index'):
-        utilities.average_states(written(tmp_path / 'b', [state(10, 2), state(10, 3)]))
+        average_states(written(tmp_path / 'b', [state(10, 2), state(10, 3)]))
 
 
 def test_disagreement_lists_the_first_differences_of_each_kind(tmp_path):
@@ -170,7 +149,7 @@ def test_disagreement_lists_the_first_differences_of_each_kind(tmp_path):
     other_spec = SPEC | {'activation': 'quick_gelu', 'image_size': 96, 'pretrained': 'y'}
     paths = written(tmp_path / 'a', [good], spec=SPEC) + written(tmp_path / 'b', [bad], spec=other_spec)
     with pytest.raises(ValueError) as error:
-        utilities.average_states(paths)
+        average_states(paths)
     message = str(error.value)
     for part in (str(paths[0]), str(paths[1]), 'missing: tower.0, tower.1, tower.2 and 1 more;',
                  'too many: tower.x0, tower.x1, tower.x2 and 1 more;',
@@ -186,116 +165,21 @@ def test_each_setting_that_belongs_to_the_weights_must_agree(tmp_path, field, va
     paths = written(tmp_path / 'a', [random_state()], spec=SPEC)
     paths += written(tmp_path / 'b', [random_state()], spec=SPEC | {field: value})
     with pytest.raises(ValueError, match=f'cannot be averaged with .* settings: {field}'):
-        utilities.average_states(paths)
+        average_states(paths)
     torch.save(random_state(), tmp_path / 'bare')
-    utilities.average_states([paths[0], tmp_path / 'bare'])
+    average_states([paths[0], tmp_path / 'bare'])
 
 
 def test_a_diverged_ingredient_is_named(tmp_path):
     states = [random_state(seed) for seed in range(3)]
     states[1]['tower.proj'][3, 2] = float('nan')
     with pytest.raises(ValueError, match=r'tower\.proj is not finite in \S*run1/model.safetensors:'):
-        utilities.average_states(written(tmp_path, states))
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
-    trap = tmp_path / 'trap'
-    pickle.loads(pickle.dumps(Malicious(trap)))
-    assert trap.exists()  # the trap does work
-    trap.unlink()
-    state = {'tower.proj': torch.zeros(2), 'config': Malicious(trap)}
-    torch.save(state, tmp_path / 'zip')
-    torch.save(state, tmp_path / 'legacy', _use_new_zipfile_serialization=False)
-    (tmp_path / 'plain').write_bytes(pickle.dumps(Malicious(trap), protocol=2))
-    for name in ('zip', 'legacy', 'plain'):
-        with pytest.raises(ValueError, match=f'{name} holds Python objects, which could run code'):
-            utilities.open_checkpoint(tmp_path / name)
-    assert not trap.exists()
-
-
-def test_a_truncated_or_foreign_file_is_one_sentence(tmp_path):
-    save_file(random_state(), tmp_path / 'a')
-    torch.save(random_state(), tmp_path / 'b')
-    for name in ('a', 'b'):
-        whole = (tmp_path / name).read_bytes()
-        for size in (0, 1, 8, 9, 200, len(whole) // 2, len(whole) - 1):
-            (tmp_path / 'cut').write_bytes(whole[:size])
-            with pytest.raises(ValueError, match='cut is truncated, or neither') as error:
-                utilities.open_checkpoint(tmp_path / 'cut')
-            assert '\n' not in str(error.value)
-    for content in (b'<!doctype html>', b'version https://git-lfs', b'{"json": true}', b'12345678{"a": 1}'):
-        (tmp_path / 'cut').write_bytes(content)
-        with pytest.raises(ValueError, match='cut is truncated, or neither'):
-            utilities.open_checkpoint(tmp_path / 'cut')
-
-
-@pytest.mark.parametrize('content', [[torch.zeros(2)], {'epoch': 3}, torch.zeros(2),
-                                     {'vit_backbone.logit_scale': torch.ones(1)}])
-def test_a_file_without_named_weights_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / 'a')
-    with pytest.raises(ValueError, match='holds no tensors of a tower or head'):
-        utilities.open_checkpoint(tmp_path / 'a')
-
-
-def test_a_missing_file_or_a_folder_is_named(tmp_path):
-    for path in (tmp_path / 'none.pt', tmp_path):
-        with pytest.raises(FileNotFoundError, match=f'no checkpoint {path}'):
-            utilities.open_checkpoint(path)
-
-
-def test_a_saved_state_comes_back_with_its_metadata_and_is_readable_by_others(tmp_path):
-    state = random_state() | {'t': torch.arange(6.).view(2, 3).T}
-    path = tmp_path / 'new' / 'model.safetensors'
-    utilities.save_state(state, path, {'method': 'uniform'})
-    checkpoint = utilities.open_checkpoint(path)
-    assert utilities.state_digest(checkpoint) == utilities.state_digest(state)
-    assert checkpoint.metadata == {'format': 'pt', 'method': 'uniform'}
-    (tmp_path / 'plain').touch()
-    assert path.stat().st_mode == (tmp_path / 'plain').stat().st_mode
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_saving_refuses_an_existing_file_unless_told_and_metadata_that_is_no_text(tmp_path):
-    path, = written(tmp_path, [random_state(0)])
-    with pytest.raises(FileExistsError, match='overwrite=True'):
-        utilities.save_state(random_state(1), path)
-    with pytest.raises(ValueError, match='unlike alpha'):
-        utilities.save_state(random_state(1), path, {'alpha': .5}, overwrite=True)
-    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state(0))
-    utilities.save_state(random_state(1), path, overwrite=True)
-    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state(1))
-
-
-def full_disk(monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # the kernel cuts the write short
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def refused_rename(monkeypatch):
-    def fail(source, target):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(os, 'replace', fail)
-    return monkeypatch.undo
-
-
-def test_a_mapped_checkpoint_survives_being_saved_over_itself(tmp_path):
-    path, = written(tmp_path, [random_state()])
-    utilities.save_state(utilities.open_checkpoint(path), path, overwrite=True)
-    assert utilities.state_digest(load_file(path)) == utilities.state_digest(random_state())
+        average_states(written(tmp_path, states))
 
 
 MEASURE = """
 import sys, threading
-import utilities
+from guie.soups import average_states
 
 def anonymous():
     lines = open('/proc/self/status')
@@ -306,10 +190,10 @@ def watch():
         peaks.append(anonymous())
 
 *paths, small = sys.argv[1:]
-utilities.average_states([small])  # whatever the libraries allocate once is there before
+average_states([small])  # whatever the libraries allocate once is there before
 peaks, done, watcher = [anonymous()], threading.Event(), threading.Thread(target=watch)
 watcher.start()
-soup = utilities.average_states(paths)
+soup = average_states(paths)
 done.set()
 print(max(peaks) - peaks[0], *(tensor.unique().tolist() for tensor in soup.values()))
 """
@@ -323,8 +207,7 @@ def test_six_checkpoints_take_the_memory_of_little_more_than_one(tmp_path):
         save({name: torch.full((1024, 1024, 5), float(i)) for name in 'abc'}, tmp_path / str(i))
     save_file({'a': torch.zeros(1)}, tmp_path / 'small')
     command = [sys.executable, '-c', MEASURE, *(tmp_path / str(i) for i in range(6)), tmp_path / 'small']
-    run = subprocess.run(command, check=True, capture_output=True, text=True,
-                         cwd=Path(utilities.__file__).parent)
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     growth, *values = run.stdout.split()
     assert values == ['[2.5]'] * 3
     assert .9 * size < int(growth) <= 1.3 * size
@@ -336,10 +219,10 @@ def test_wise_ft_is_exact_at_its_ends_linear_between_and_keeps_the_head(tmp_path
     zero_path, = written(tmp_path / 'zero', [zero_shot], spec=SPEC)
     tuned_path, = written(tmp_path / 'tuned', [tuned], spec=SPEC)
     for zero, fine in itertools.product((zero_shot, zero_path), (tuned, tuned_path)):
-        ends = [utilities.interpolate_states(zero, fine, alpha) for alpha in (0, 1)]
-        assert utilities.state_digest(ends[0]) == utilities.state_digest(tuned | zero_shot)
-        assert utilities.state_digest(ends[1]) == utilities.state_digest(tuned)
-        between = utilities.interpolate_states(zero, fine, .3)
+        ends = [interpolate_states(zero, fine, alpha) for alpha in (0, 1)]
+        assert state_hash(ends[0]) == state_hash(tuned | zero_shot)
+        assert state_hash(ends[1]) == state_hash(tuned)
+        between = interpolate_states(zero, fine, .3)
         for name in zero_shot:
             exact = .7 * zero_shot[name].double() + .3 * tuned[name].double()
             assert torch.equal(between[name], exact.float())
@@ -350,17 +233,17 @@ def test_wise_ft_refuses_states_that_do_not_belong_together(tmp_path):
     tuned, tower = random_state(), {'tower.proj': torch.zeros(8, 4)}
     for alpha in (-.1, 1.1, float('nan')):
         with pytest.raises(ValueError, match='alpha goes from 0'):
-            utilities.interpolate_states(tower, tuned, alpha)
+            interpolate_states(tower, tuned, alpha)
     with pytest.raises(ValueError, match='tensors missing: tower.more'):
-        utilities.interpolate_states(tower | {'tower.more': torch.zeros(1)}, tuned, .5)
+        interpolate_states(tower | {'tower.more': torch.zeros(1)}, tuned, .5)
     with pytest.raises(ValueError, match='tensors missing: proj.*tower'):
-        utilities.interpolate_states({'proj': torch.zeros(8, 4)}, tuned, .5)
+        interpolate_states({'proj': torch.zeros(8, 4)}, tuned, .5)
     with pytest.raises(ValueError, match='shapes: tower.proj'):
-        utilities.interpolate_states({'tower.proj': torch.zeros(8, 5)}, tuned, .5)
+        interpolate_states({'tower.proj': torch.zeros(8, 5)}, tuned, .5)
     first, = written(tmp_path / 'a', [tower], spec=SPEC)
     second, = written(tmp_path / 'b', [tuned], spec=SPEC | {'activation': 'quick_gelu'})
     with pytest.raises(ValueError, match='settings: activation quick_gelu against gelu'):
-        utilities.interpolate_states(first, second, .5)
+        interpolate_states(first, second, .5)
 
 
 def closeness(target):
@@ -371,13 +254,13 @@ def closeness(target):
 def test_greedy_soup_keeps_what_helps_rejects_what_hurts_and_returns_the_kept_average(tmp_path, capsys):
     values = [3., 1., -1.2, 40., -1.]  # the best is 0: order by score 1, -1, -1.2, 3, 40
     paths = written(tmp_path, [{'tower.a': torch.full((4,), value)} for value in values])
-    soup, history = utilities.greedy_soup(paths, closeness({'tower.a': torch.zeros(4)}))
+    soup, history = greedy_soup(paths, closeness({'tower.a': torch.zeros(4)}))
     assert list(history.columns) == ['path', 'alone', 'with_it', 'kept']
     assert history.path.tolist() == [str(paths[i]) for i in (1, 4, 2, 0, 3)]
     assert history.kept.tolist() == [True, True, False, False, False]
     np.testing.assert_allclose(history.alone, [-4 * values[i]**2 for i in (1, 4, 2, 0, 3)], rtol=1e-6)
     np.testing.assert_allclose(history.with_it, [-4., 0, -4 * .4**2, -4., -4 * (40 / 3)**2], rtol=1e-6)
-    assert_same(soup, utilities.average_states([paths[1], paths[4]]))
+    assert_same(soup, average_states([paths[1], paths[4]]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(',')[0] for line in lines] == [
         'kept: run1', 'kept: run4', 'left out: run2', 'left out: run0', 'left out: run3']
@@ -386,27 +269,26 @@ def test_greedy_soup_keeps_what_helps_rejects_what_hurts_and_returns_the_kept_av
 def test_greedy_soup_keeps_ties_and_falls_within_the_tolerance(tmp_path):
     paths = written(tmp_path, [{'tower.a': torch.full((1,), value)} for value in (0., 1., 0.)])
     score = closeness({'tower.a': torch.zeros(1)})
-    _, history = utilities.greedy_soup(paths, score)
+    _, history = greedy_soup(paths, score)
     assert history.kept.tolist() == [True, True, False]
-    _, history = utilities.greedy_soup(paths, score, tolerance=.2)
+    _, history = greedy_soup(paths, score, tolerance=.2)
     assert history.kept.tolist() == [True, True, True]
 
 
 def test_greedy_soup_stops_early_on_mismatch_and_on_a_score_of_nan(tmp_path):
     paths = written(tmp_path, [{'tower.a': torch.zeros(1)}, {'tower.a': torch.zeros(2)}])
     with pytest.raises(ValueError, match='shapes: tower.a'):
-        utilities.greedy_soup(paths, lambda state: pytest.fail('scored before the files were compared'))
+        greedy_soup(paths, lambda state: pytest.fail('scored before the files were compared'))
     with pytest.raises(ValueError, match=f'score of {paths[0]} is NaN'):
-        utilities.greedy_soup(paths[:1], lambda state: float('nan'))
+        greedy_soup(paths[:1], lambda state: float('nan'))
 
 
-def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(utilities, 'CHUNK', 5)
+def test_task_vector_cosines_equal_numpy_on_the_tower_alone(tmp_path):
     counter = 'tower.bn.num_batches_tracked'
     base = {name: x for name, x in random_state(9).items() if name.startswith('tower')} | {counter: torch.tensor(3)}
     states = [random_state(seed) | {counter: torch.tensor(10 * seed)} for seed in range(3)]
     states.append({name: base.get(name, x) for name, x in states[0].items()})  # as it was before training
-    table = utilities.weight_cosines(written(tmp_path, states), base)
+    table = task_vector_cosines(written(tmp_path, states), base)
     floats = [name for name in base if name != counter]
     origin, *towers = [np.concatenate([state[name].double().numpy().ravel() for name in floats])
                        for state in (base, *states)]
@@ -417,37 +299,37 @@ def test_weight_cosines_equal_numpy_on_the_tower_alone(tmp_path, monkeypatch):
         assert table.iloc[i, j] == pytest.approx(expected, abs=1e-12)
     assert table.iloc[3].isna().all()
     with pytest.raises(ValueError, match="missing: proj.*'tower.' before"):
-        utilities.weight_cosines([tmp_path / 'run0/model.safetensors'], {'proj': torch.zeros(8, 4)})
+        task_vector_cosines([tmp_path / 'run0/model.safetensors'], {'proj': torch.zeros(8, 4)})
 
 
 def test_the_line_between_two_ingredients_shows_a_barrier_and_begins_at_the_first(tmp_path):
     paths = written(tmp_path, [{'tower.a': torch.tensor([value])} for value in (0., 1.)])
-    values = utilities.path_scores(*paths, lambda state: state['tower.a'].item(), points=3)
+    values = interpolation_scores(*paths, lambda state: state['tower.a'].item(), points=3)
     np.testing.assert_array_equal(values, [[0, 0], [.5, .5], [1, 1]])
-    table = utilities.path_scores(*paths, lambda state: abs(state['tower.a'].item() - .5))
+    table = interpolation_scores(*paths, lambda state: abs(state['tower.a'].item() - .5))
     assert table.columns.tolist() == ['alpha', 'score']
     np.testing.assert_array_equal(table, [[0, .5], [.25, .25], [.5, 0], [.75, .25], [1, .5]])
-    with pytest.raises(ValueError, match='2 points or more'):
-        utilities.path_scores(*paths, len, points=1)
+    with pytest.raises(ValueError, match='cannot be averaged with .* shapes: tower.a'):
+        interpolation_scores(paths[0], *written(tmp_path / 'other', [{'tower.a': torch.zeros(2)}]), len)
 
 
 def test_soup_metadata_names_its_ingredients_and_survives_saving(tmp_path):
     paths = written(tmp_path, [random_state(0), random_state(1)], spec=SPEC)
     (paths[0].parent / 'scores.csv').write_text('stage,dim,mp5\nuntrained,64,.3\ningredient,512,.6\ningredient,64,.5\n')
-    metadata = utilities.soup_metadata(paths, 'wise-ft', alpha=.6, note='text')
+    metadata = soup_metadata(paths, 'wise-ft', alpha=.6, note='text')
     soup = tmp_path / 'soup' / 'model.safetensors'
-    utilities.save_state(utilities.average_states(paths), soup, metadata)
-    kept = utilities.open_checkpoint(soup).metadata
+    save_state(average_states(paths), soup, metadata)
+    kept = open_checkpoint(soup).metadata
     assert kept['method'] == 'wise-ft' and kept['alpha'] == '0.6' and kept['note'] == 'text'
     assert json.loads(kept['spec']) == SPEC
     assert json.loads(kept['ingredients']) == [
-        {'run': f'run{i}', 'sha256': utilities.file_digest(paths[i]), 'score': score} for i, score in ((0, .5), (1, None))]
+        {'run': f'run{i}', 'sha256': file_hash(paths[i]), 'score': score} for i, score in ((0, .5), (1, None))]
     torch.save(as_authors(random_state()), tmp_path / 'H_0.688')
-    theirs = utilities.soup_metadata([tmp_path / 'H_0.688', paths[1]], 'uniform', scores=[.1, .2])
-    ingredients = json.loads(theirs['ingredients'])
-    assert [(i['run'], i['score']) for i in ingredients] == [('H_0.688', .1), ('run1', .2)]
+    theirs = soup_metadata([tmp_path / 'H_0.688', open_checkpoint(paths[1])], 'uniform')
+    assert [(each['run'], each['score']) for each in json.loads(theirs['ingredients'])] == [
+        ('H_0.688', None), ('run1', None)]
     assert json.loads(theirs['spec']) == SPEC
-    assert 'spec' not in utilities.soup_metadata([tmp_path / 'H_0.688'], 'uniform')
+    assert 'spec' not in soup_metadata([tmp_path / 'H_0.688'], 'uniform')
 
 
 def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_path):
@@ -456,27 +338,27 @@ def test_a_saved_soup_is_a_run_that_reloads_evaluates_and_exports(train, tmp_pat
         model = new_model()
         with torch.no_grad():
             model.tower.proj.add_(torch.randn(model.tower.proj.shape, generator=torch.Generator().manual_seed(seed)) / 50)
-        utilities.save_run(run, model, CONFIG)
+        save_run(run, model, CONFIG)
         CONFIG.save(run / 'config.json')
         (run / 'scores.csv').write_text(f'stage,model,dim,mp5,seconds\ningredient,{run.name},64,.{seed + 3},1\n')
-    utilities.save_soup(utilities.average_states(runs), tmp_path / 'soup', runs, 'uniform', selection=.5)
-    metadata = utilities.open_checkpoint(tmp_path / 'soup').metadata
+    save_soup(average_states(runs), tmp_path / 'soup', runs, 'uniform', selection=.5)
+    metadata = open_checkpoint(tmp_path / 'soup').metadata
     assert metadata['method'] == 'uniform' and metadata['selection'] == '0.5'
     assert json.loads(metadata['ingredients']) == [
-        {'run': run.name, 'sha256': utilities.file_digest(run / 'model.safetensors'), 'score': score}
+        {'run': run.name, 'sha256': file_hash(run / 'model.safetensors'), 'score': score}
         for run, score in zip(runs, (.3, .4), strict=True)]
-    assert utilities.Config.load(tmp_path / 'soup/config.json') == CONFIG
-    soup = utilities.load_run(tmp_path / 'soup')
-    mean = sum(utilities.load_run(run).tower.proj for run in runs) / 2
+    assert Config.load(tmp_path / 'soup/config.json') == CONFIG
+    soup = load_run(tmp_path / 'soup')
+    mean = sum(load_run(run).tower.proj for run in runs) / 2
     torch.testing.assert_close(soup.tower.proj, mean)
-    vectors = utilities.embed(soup, train)
-    assert utilities.mean_precision_at_5(vectors, train['label'], vectors, train['label'], exclude_self=True) > .2
-    utilities.export_submission(soup, tmp_path / 'submission.zip')
-    replay = utilities.evaluate_submission(tmp_path / 'submission.zip', train, train)
+    vectors = embed(soup, train)
+    assert mean_precision_at_5(vectors, train['label'], vectors, train['label'], exclude_self=True) > .2
+    export_submission(soup, tmp_path / 'submission.zip')
+    replay = evaluate_submission(tmp_path / 'submission.zip', train, train)
     assert replay['dim'] == 32 and np.abs(replay['query'] - vectors).max() < .05  # resized in floats there, in bytes here
-    table = utilities.list_runs(tmp_path).set_index('run')
-    assert table['method'].tolist() == ['training', 'training', 'uniform'] and table['mp5'].tolist()[:2] == [.4, .3]
-    assert table.loc[str(tmp_path / 'soup'), 'digest'] == utilities.state_digest(soup.state_dict())
+    table = list_runs(tmp_path).set_index('run')
+    assert table['method'].to_dict() == {'none': 'training', 'flip': 'training', 'soup': 'uniform'}
+    assert table['mp5'].tolist()[:2] == [.4, .3] and table.loc['soup', 'hash'] == state_hash(soup.state_dict())
 
 
 def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_soup(train, tmp_path, monkeypatch):
@@ -484,72 +366,85 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     with torch.no_grad():
         for parameter in model.tower.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 20)
-    utilities.save_run(tmp_path / 'soup', model, CONFIG)
-    base, half = utilities.base_state(tmp_path / 'soup'), train.groupby('label').cumcount() < 3
+    save_run(tmp_path / 'soup', model, CONFIG)
+    base, half = base_state(tmp_path / 'soup'), train.groupby('label').cumcount() < 3
     pretrained = new_model().tower.state_dict()
     assert_same(dict(sorted(base.items())), {f'tower.{name}': pretrained[name] for name in sorted(pretrained)})
-    frames = {'train': train, 'query': train[half], 'index': train[~half]}
-    frames |= {'selection_query': train[~half], 'selection_index': train[half], 'seen': utilities.some_trained(train)}
-    assert frames['seen'].equals(train.groupby('label').head(5))
-    embedder = utilities.StateEmbedder(tmp_path / 'soup', frames)
-    curve = utilities.sweep_alpha(base, tmp_path / 'soup', [0, 1], embedder)
+    splits = {'train': train, 'query': train[half], 'index': train[~half]}
+    splits |= {'selection_query': train[~half], 'selection_index': train[half]}
+    embedder = StateEmbedder(tmp_path / 'soup', splits)
+    splits['seen'] = train.groupby('label').head(5)
+    assert embedder.splits['seen'].equals(splits['seen'])
+    curve = sweep_alpha(base, tmp_path / 'soup', [0, 1], embedder)
     for row, tower in zip(curve.itertuples(index=False), (pretrained, model.tower.state_dict()), strict=True):
         end = new_model()
         end.tower.load_state_dict(tower)
-        vectors = {name: utilities.embed(end, frame) for name, frame in frames.items()}
-        scores = [utilities.mean_precision_at_5(vectors[query], frames[query]['label'],
-                                                vectors[index], frames[index]['label'], query == index)
+        vectors = {name: embed(end, frame) for name, frame in splits.items()}
+        scores = [mean_precision_at_5(vectors[query], splits[query]['label'],
+                                      vectors[index], splits[index]['label'], query == index)
                   for query, index in (('selection_query', 'selection_index'), ('seen', 'seen'), ('query', 'index'))]
         assert list(row[1:]) == pytest.approx(scores, abs=1e-6)
     assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
-    monkeypatch.setattr(utilities, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
+    monkeypatch.setattr(soups, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
     assert embedder.score(model.state_dict()) == curve['selection'].iloc[1] > 0
     assert embedder.score(new_model(CONFIG.override(head_seed=9)).state_dict()) == 0
 
 
-def test_states_of_one_tower_are_embedded_once_each_and_each_photograph_is_read_once(train, tmp_path, monkeypatch):
-    runs, frames, read, reads = [], {'pca': train, 'query': train[::3]}, utilities.read_pixels, []
-    for seed in (3, 4):
-        model = new_model(CONFIG.override(head_seed=seed))
-        runs.append(tmp_path / f'run{seed}')
-        utilities.save_run(runs[-1], model, CONFIG)
-    monkeypatch.setattr(utilities, 'read_pixels', lambda *arguments: reads.append(arguments) or read(*arguments))
-    embedder, passes = utilities.StateEmbedder(runs[0], frames), []
+def runs_of(folder, seeds):
+    """Folders of runs with heads of their own."""
+    for seed in seeds:
+        config = CONFIG.override(head_seed=seed)
+        save_run(folder / f'tiny_{seed}', new_model(config), config)
+    return [folder / f'tiny_{seed}' for seed in seeds]
+
+
+def test_states_of_one_tower_are_embedded_once_each_and_kept_where_embed_finds_them(train, tmp_path, monkeypatch):
+    runs, splits = runs_of(tmp_path, (3, 4)), {'train': train, 'pca': train, 'query': train[::3]}
+    embedder, passes = StateEmbedder(runs[0], splits), []
     embedder.model.register_forward_hook(lambda *arguments: passes.append(1))
-    states = [utilities.open_checkpoint(run) for run in runs]
-    assert list(embedder.vectors(states[0], ['query'])) == ['query']
+    states = [open_checkpoint(run) for run in runs]
+    assert list(embedder.vectors(states[0], ['query'])) == ['query'] and not (runs[0] / 'vectors').exists()
     vectors = [embedder.vectors(state, ('pca', 'query'), run / 'vectors') for state, run in zip(states, runs)]
-    batches = sum(-(-len(frame) // 64) for frame in frames.values())
-    assert len(reads) == len(train) + len(train[::3]) and len(passes) == 2 * batches
-    for run, of_run in zip(runs, vectors):
-        for part, frame in frames.items():
-            assert np.array_equal(of_run[part], utilities.embed(utilities.load_run(run), frame))
-            monkeypatch.setattr(utilities.Embedder, 'forward', None)  # the files are those that embed finds again
-            kept = utilities.embed(utilities.load_run(run), frame, cache=run / 'vectors' / f'{part}.npz')
-            monkeypatch.undo()
-            assert np.array_equal(kept, of_run[part])
+    assert len(passes) == 2 * (2 + 1)  # batches of 64 from 72 and 24 images
+    embedder.vectors(dict(states[0]), ('pca', 'query'))  # an equal state
+    assert len(passes) == 2 * (2 + 1)
+    expected = [{part: embed(load_run(run), splits[part]) for part in ('pca', 'query')} for run in runs]
+    monkeypatch.setattr(embedding, 'loader', lambda *_, **__: pytest.fail('images were embedded again'))
+    for run, of_run, right in zip(runs, vectors, expected):
+        for part, kept in embed_all(load_run(run), splits, run / 'vectors', ('pca', 'query')).items():
+            assert np.array_equal(kept, of_run[part]) and np.array_equal(kept, right[part])
     assert not np.allclose(vectors[0]['pca'], vectors[1]['pca'], atol=1e-3)
+
+
+def test_a_soup_of_attached_runs_takes_their_vectors_and_leaves_their_folders_as_they_were(
+        train, tmp_path, monkeypatch):
+    splits = {'train': train, 'query': train[::3], 'selection_query': train[::2], 'selection_index': train[1::2]}
+    for run in runs_of(tmp_path / 'input/notebook/runs', (5, 6)):
+        embed_all(load_run(run), splits, run / 'vectors', ['query'])  # as the training notebook does
+    before = contents(tmp_path / 'input')
+    found = find_ingredients(tmp_path / 'runs', ['tiny'], search=(tmp_path / 'input',))['tiny']
+    embedder = StateEmbedder(found[0], splits)
+    soup, history = greedy_soup(found, embedder.score)
+    save_soup(soup, tmp_path / 'runs/greedy', history['path'][history['kept']], 'greedy')
+    save_soup(average_states(found), tmp_path / 'runs/soup', found, 'uniform')
+    assert list_runs([*found, tmp_path / 'runs/soup'])['run'].tolist() == ['tiny_5', 'tiny_6', 'soup']
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, 'loader', lambda *_, **__: pytest.fail('images were embedded again'))
+        vectors = [embedder.vectors(run, ['query'], tmp_path / 'runs' / run.name / 'vectors')['query'] for run in found]
+    assert all(np.array_equal(each, embed(load_run(run), splits['query'])) for each, run in zip(vectors, found))
+    embedder.vectors(found[0], ['selection_query'])  # which is not there
+    assert contents(tmp_path / 'input') == before
+    assert {path.partition('/')[0] for path in contents(tmp_path / 'runs')} == {'greedy', 'soup'}
 
 
 def test_runs_with_overlapping_patches_are_compared_with_their_pretrained_tower(train, tmp_path):
     config = CONFIG.override(overlap=.5)
     for seed in (5, 6):
-        model = utilities.new_model(config, 12)
+        model = new_model(config)
         with torch.no_grad():
             model.tower.proj += torch.randn(model.tower.proj.shape, generator=torch.Generator().manual_seed(seed))
-        utilities.save_run(tmp_path / f'run{seed}', model, config)
+        save_run(tmp_path / f'run{seed}', model, config)
     runs = [tmp_path / 'run5', tmp_path / 'run6']
-    base = utilities.base_state(runs[0])
-    assert abs(utilities.weight_cosines(runs, base).to_numpy()[0, 1]) < .1
+    base = base_state(runs[0])
+    assert abs(task_vector_cosines(runs, base).to_numpy()[0, 1]) < .1
     assert base['tower.positional_embedding'].shape[0] == 3 * 3 + 1
-
-
-def test_ingredients_are_found_by_their_towers_name_or_the_notebook_to_run_is_named(tmp_path, capsys):
-    for name in ('h_none', 'h_flip', 'l_none', 'soup_h'):
-        written(tmp_path / name, [random_state()])[0].rename(tmp_path / name / 'model.safetensors')
-    (tmp_path / 'h_unfinished').mkdir()
-    assert utilities.find_ingredients(tmp_path, ['h', 'l', 'm']) == {
-        'h': [tmp_path / 'h_flip', tmp_path / 'h_none'], 'l': [tmp_path / 'l_none']}
-    assert 'm: 0 ingredients' in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match='no finished run of m or n.*: run train_m.ipynb'):
-        utilities.find_ingredients(tmp_path, ['m', 'n'])

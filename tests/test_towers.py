@@ -149,6 +149,13 @@ def test_a_tower_has_the_names_output_and_gradients_of_open_clips_default_blocks
     assert_same_step(tower, plain, images)
 
 
+def test_random_weights_are_as_wide_as_those_of_open_clips_default_blocks():
+    ours, default = load_image_tower('ViT-B-32', 'random'), open_clip.create_model('ViT-B-32').visual
+    for (name, tensor), other in zip(ours.state_dict().items(), default.state_dict().values(), strict=True):
+        if tensor.numel() > 1e5:
+            assert tensor.std().item() == pytest.approx(other.std().item(), rel=.02), name
+
+
 def test_other_towers_than_transformers_are_open_clips_as_they_are():
     for name in ('RN50', 'ViT-B-16-SigLIP'):
         vision = open_clip.get_model_config(name)['vision_cfg']

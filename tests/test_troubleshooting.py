@@ -22,7 +22,7 @@ def texts(file):
             yield node.value
 
 
-MESSAGES = re.sub(r'\s+', ' ', '\n'.join(texts('utilities.py')))
+MESSAGES = re.sub(r'\s+', ' ', '\n'.join(text for room in sorted(Path('guie').glob('*.py')) for text in texts(room)))
 
 
 def test_the_page_has_a_row_for_each_thing_and_the_readme_links_to_it():

@@ -1,0 +1,175 @@
+"""Embedding: a vector an image, in order, by one process or two; kept in files that are used for the same weights alone."""
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guie import embedding
+from guie.embedding import cached_vectors, embed, embed_all, save_vectors, selection_score, vectors_hash
+from guie.images import read_pixels
+from guie.retrieval import mean_precision_at_5
+from runs import contents, new_model, small_model
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """From when it is called no model is used in this process."""
+    return lambda: monkeypatch.setattr(embedding, 'loader', lambda *_, **__: pytest.fail('images were embedded'))
+
+
+def test_a_vector_is_that_of_its_image_whatever_the_batch(train):
+    model = new_model().eval()
+    vectors = embed(model, train.head(10), batch_size=4)
+    assert vectors.shape == (10, 32) and vectors.dtype == np.float32
+    for path, vector in zip(train['path'], vectors):
+        with torch.inference_mode():
+            alone = model(read_pixels(path, 32).permute(2, 0, 1)[None])[0]
+        assert np.allclose(vector, alone, atol=1e-6)
+    assert embed(model, train.head(0)).shape[0] == 0
+
+
+def test_vectors_are_kept_with_their_paths_and_used_again_only_for_the_same_weights(train, tmp_path):
+    model, cache = new_model().eval(), tmp_path / 'v.npz'
+    first = embed(model, train, cache=cache)
+    with np.load(cache) as kept:
+        assert kept['paths'].tolist() == train['path'].tolist() and np.array_equal(kept['vectors'], first)
+    np.savez(cache, **{**np.load(cache), 'vectors': first * 0})
+    assert not embed(model, train, cache=cache).any()
+    backwards = embed(model, train.iloc[::-1], cache=cache)
+    assert np.allclose(backwards, first[::-1], atol=1e-6)
+    model.spec = dataclasses.replace(model.spec, activation='quick_gelu')  # as of a corrected tag
+    assert embed(model, train.iloc[::-1], cache=cache).any()
+    model.mean += 1
+    other = embed(model, train.iloc[::-1], cache=cache)
+    assert not np.allclose(other, backwards, atol=1e-6)
+    with torch.no_grad():
+        model.tower.proj.mul_(1.1)
+        model.tower.proj[0, 0] += 1
+    assert not np.allclose(embed(model, train.iloc[::-1], cache=cache), other, atol=1e-6)
+
+
+@pytest.mark.parametrize('key', ['hash', 'digest'])  # the latter of the version before
+def test_vectors_are_found_in_any_of_several_files_and_only_the_first_is_written(train, tmp_path, key):
+    model, paths = small_model().eval(), np.array(train['path'].tolist(), str)
+    known = [tmp_path / 'attached' / name for name in ('absent.npz', 'other.npz', 'right.npz')]
+    known[0].parent.mkdir()
+    for file, value in zip(known[1:], ('of other weights', vectors_hash(model))):
+        np.savez(file, vectors=np.zeros((72, 32), np.float32), paths=paths, **{key: value})
+    before = contents(tmp_path)
+    assert not embed(model, train, cache=tmp_path / 'own.npz', known=known).any()
+    assert embed(model, train, known=known[:2]).any() and contents(tmp_path) == before
+    made = embed(model, train, cache=tmp_path / 'own.npz', known=known[:2])
+    assert contents(tmp_path).keys() - before.keys() == {'own.npz'}
+    assert np.array_equal(cached_vectors(tmp_path / 'own.npz', paths, vectors_hash(model)), made)
+
+
+def whole_cache(file, paths, key):
+    save_vectors(file, np.zeros((len(paths), 32), np.float32), paths, key)
+    return file.read_bytes()
+
+
+DAMAGE = {'empty': lambda whole: b'', 'cut': lambda whole: whole[:-100], 'cut early': lambda whole: whole[:40],
+          'no archive': lambda whole: b'not an archive', 'damaged': lambda whole: whole[:300] + b'x' + whole[301:]}
+
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_of_vectors_is_made_again(train, tmp_path, damage):
+    model, paths, file = small_model().eval(), np.array(train['path'].tolist(), str), tmp_path / 'v.npz'
+    whole = whole_cache(file, paths, vectors_hash(model))
+    assert not embed(model, train, cache=file).any()
+    file.write_bytes(damage(whole))
+    assert embed(model, train, cache=file).any()
+    assert cached_vectors(file, paths, vectors_hash(model)).any()
+
+
+def test_a_file_of_python_objects_is_not_read(tmp_path):
+    np.savez(tmp_path / 'v.npz', vectors=np.array([{}], dtype=object), paths=np.array(['a']), hash='key')
+    assert cached_vectors(tmp_path / 'v.npz', np.array(['a']), 'key') is None
+
+
+def test_a_disk_that_refuses_the_vectors_costs_only_the_time_to_embed_again(train, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    model = small_model().eval()
+    assert np.array_equal(embed(model, train, cache=tmp_path / 'file/v.npz'), embed(model, train))
+    assert capsys.readouterr().out.count('could not be written') == 1
+
+
+def test_an_unreadable_image_has_the_vector_of_a_black_square_and_is_named(train, tmp_path, capsys):
+    (tmp_path / 'broken.jpg').write_bytes(b'not an image')
+    Image.new('RGB', (40, 30)).save(tmp_path / 'black.png')
+    model, frame = new_model().eval(), train.head(4).copy()
+    frame.loc[2, 'path'] = str(tmp_path / 'broken.jpg')
+    vectors = embed(model, frame)
+    assert f'1 images could not be read, first {tmp_path}/broken.jpg' in capsys.readouterr().out
+    frame.loc[2, 'path'] = str(tmp_path / 'black.png')
+    assert np.allclose(vectors, embed(model, frame), atol=1e-6)
+    with pytest.raises(OSError, match='More than 0 images .max_unreadable. cannot be read'):
+        embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
+
+
+def test_several_splits_are_kept_by_name_and_found_again_also_in_a_folder_that_is_not_written(train, tmp_path, no_forward):
+    model, splits = small_model().eval(), {'pca': train, 'query': train.head(5), 'index': train.tail(9)}
+    made = embed_all(model, splits, tmp_path / 'attached')
+    assert {name: len(vectors) for name, vectors in made.items()} == {'pca': 72, 'query': 5, 'index': 9}
+    assert sorted(contents(tmp_path)) == [f'attached/{name}.npz' for name in ('index', 'pca', 'query')]
+    (tmp_path / 'attached/query.npz').unlink()
+    before = contents(tmp_path)
+    assert np.array_equal(embed_all(model, splits, known=tmp_path / 'attached')['query'], made['query'])
+    assert contents(tmp_path) == before
+    embed_all(model, splits, tmp_path / 'own', known=tmp_path / 'attached')
+    assert contents(tmp_path).keys() - before.keys() == {'own/query.npz'}
+    no_forward()
+    found = embed_all(model, splits, tmp_path / 'own', known=tmp_path / 'attached')
+    assert all(np.array_equal(found[name], made[name]) for name in splits)
+
+
+def test_the_selection_score_is_that_of_the_full_width_on_the_selection_split(train):
+    model, first = new_model().eval(), train.groupby('label').cumcount() < 2
+    splits = {'selection_query': train[first], 'selection_index': train[~first], 'query': train, 'index': train}
+    query, index = (embed(model, splits[f'selection_{name}']) for name in ('query', 'index'))
+    expected = mean_precision_at_5(query, train[first]['label'], index, train[~first]['label'])
+    assert selection_score(model, splits) == pytest.approx(expected) and 0 < expected < 1
+
+
+# Several processes
+
+@pytest.mark.parametrize('worth, model', [(73, new_model), (1, small_model)], ids=['few images', 'a tower of ones own'])
+def test_no_processes_are_launched_for_few_images_or_for_a_tower_that_they_could_not_build(train, monkeypatch, worth, model):
+    monkeypatch.setattr(embedding, 'processes_here', lambda: 2)
+    monkeypatch.setattr(embedding, 'WORTH_LAUNCHING', worth)
+    monkeypatch.setattr(embedding, 'launch', lambda *_, **__: pytest.fail('processes were launched'))
+    model = model().eval()
+    assert np.array_equal(embed_all(model, {'query': train}, names=['query'])['query'], embed(model, train))
+
+
+def test_two_processes_embed_every_image_once_in_order_and_what_they_keep_is_found_here(
+        train, tmp_path, monkeypatch, capfd, no_forward):
+    (tmp_path / 'broken.jpg').write_bytes(b'not an image')
+    model, odd = new_model().eval(), train.tail(7).reset_index(drop=True)
+    odd.loc[5, 'path'] = str(tmp_path / 'broken.jpg')  # read by the second process, named by the first
+    splits = {'whole': train, 'odd': odd, 'single': train.head(1), 'none': train.head(0), 'known': train.head(3)}
+    expected = {name: embed(model, frame) for name, frame in splits.items()}
+    attached = embed(model, splits['known'], cache=tmp_path / 'attached/known.npz') + 1
+    paths = np.array(splits['known']['path'].tolist(), str)
+    save_vectors(tmp_path / 'attached/known.npz', attached, paths, vectors_hash(model))
+    before = contents(tmp_path)
+    monkeypatch.setattr(embedding, 'processes_here', lambda: 2)
+    monkeypatch.setattr(embedding, 'WORTH_LAUNCHING', 1)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    capfd.readouterr()
+    no_forward()
+    found = embed_all(model, splits, tmp_path / 'vectors', list(splits), tmp_path / 'attached')
+    for name, vectors in (expected | {'known': attached}).items():
+        assert len(found[name]) == len(splits[name]) and np.allclose(found[name], vectors, atol=1e-5), name
+    said = capfd.readouterr().out
+    assert said.count(f'1 images could not be read, first {tmp_path}/broken.jpg') == 1
+    assert re.search('whole: .* 0/1 ', said)  # batches of 64 in the first process, which alone would have 2 of 72 images
+    made = contents(tmp_path)
+    assert made.keys() - before.keys() == {f'vectors/{name}.npz' for name in ('whole', 'odd', 'single')}
+    assert all(made[name] == before[name] for name in before)
+    monkeypatch.setattr(embedding, 'processes_here', lambda: 1)
+    again = embed_all(model, splits, tmp_path / 'vectors', list(splits), tmp_path / 'attached')
+    assert all(np.array_equal(again[name], found[name]) for name in splits)
