@@ -94,10 +94,15 @@ class Config:
 
     def each_stage(self):
         """The Config of every stage in turn, itself without stages; where there are none it is this one."""
+        configs = []
         for number, stage in enumerate(self.stages, start=1):
-            if wrong := [name for name in stage if name in OF_ALL_STAGES]:
-                raise ValueError(f'Stage {number} of Config.stages cannot set {wrong[0]!r}: all stages share it.')
-        return [self.replace(stage | {'stages': ()}) for stage in self.stages] or [self]
+            try:
+                if wrong := [name for name in stage if name in OF_ALL_STAGES]:
+                    raise ValueError(f'it cannot set {wrong[0]!r}, which all stages share.')
+                configs.append(self.replace(stage | {'stages': ()}))
+            except ValueError as error:
+                raise ValueError(f'Stage {number} of Config.stages: {error}') from None
+        return configs or [self]
 
     def override(self, **choices):
         """The same with other values; None keeps the value that is there. An unknown name is an error."""

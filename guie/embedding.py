@@ -23,7 +23,6 @@ from guie.splits import SELECTION, Splits
 WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer than it saves
 
 
-@torch.inference_mode()
 def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None):
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
     Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a hash
@@ -41,7 +40,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     home, device = next(model.parameters()).device, best_device()
     model.to(device).eval()
     batches = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
-    with torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
+    with torch.inference_mode(), torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
         vectors = torch.cat([model(batch['image'].to(device)).float()
                              for batch in progress_bar(batches, desc, leave=False, disable=rank > 0)])
     model.to(home)
@@ -94,6 +93,11 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
         files = {name: {'cache': home and str(Path(home, f'{name}.npz')),
                         'known': [str(Path(known, f'{name}.npz'))] if known else []} for name in names}
         if launched:
+            key = vectors_hash(model)
+            images = {name: frame for name, frame in images.items() if all(
+                cached_vectors(file, np.array(frame['path'].tolist(), str), key) is None
+                for file in (files[name]['cache'], *files[name]['known']))}
+        if launched and images:
             save_run(job, model, Config(subcenters=getattr(model.head, 'subcenters', 3)))
             Splits(images).save(Path(job) / 'splits.csv')
             Path(job, 'files.json').write_text(json.dumps({name: files[name] for name in images}))

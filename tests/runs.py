@@ -16,6 +16,7 @@ CONFIG = Config(model_name='local-dir:media/miniature', pretrained='miniature', 
                 head_lr=3e-3, scale=16., embedding_dim=32, batch_size=8, effective_batch=16, epochs=3, warmup_steps=2,
                 save_minutes=1000)
 SAVING = CONFIG.override(save_minutes=0, epochs=1)  # 4 steps of 16 images, a state after each
+torch.set_num_threads(1)  # runs this small would only wait for the other threads
 SPAWN = multiprocessing.get_context('spawn')
 
 

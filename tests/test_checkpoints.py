@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from runs import CONFIG, contents, new_model, same, weights
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
@@ -33,7 +34,6 @@ from guie.files import state_hash
 from guie.model import Embedder, SubcenterHead, resize
 from guie.soups import average_states, greedy_soup, save_soup
 from guie.towers import load_image_tower
-from runs import CONFIG, contents, new_model, same, weights
 
 MODEL = {'embed_dim': 16, 'vision_cfg': {'image_size': 32, 'patch_size': 16, 'layers': 2, 'width': 32, 'head_width': 16},
          'text_cfg': {'context_length': 8, 'vocab_size': 50, 'width': 32, 'heads': 2, 'layers': 1}}
@@ -398,14 +398,14 @@ def test_a_runs_folder_a_folder_of_runs_and_texts_beside_checkpoints_are_underst
     authors_file(clip, tmp_path / 'files/0_0.688')
     for name in ('one', 'two'):
         authors_file(clip, tmp_path / 'runs' / name / 'model.safetensors')
-    for name in ('README.md', 'scores.CSV', 'train.ipynb', 'config.json', '.hidden'):
+    for name in ('README.md', 'scores.csv', 'notes.TXT', 'train.ipynb', 'config.json', '.hidden'):
         (tmp_path / 'files' / name).write_text('no weights')
     (tmp_path / 'runs/README.md').write_text('no weights')
     for given, names in (('files', ['tiny_1_0_0.688']), ('runs/one', ['tiny_1_one']), ('runs', ['tiny_1_one', 'tiny_2_two']),
                          ('files/0_0.688', ['tiny_1_0_0.688'])):
         found = bare_checkpoints('tiny', tmp_path / given, ARCHITECTURE)
         assert [run.name for run in found] == names
-        assert all(torch.equal(load_run(run).tower.proj, clip.visual.proj) for run in found)
+        assert all(torch.equal(load_run(run).tower.proj, clip.visual.proj) and run.score is None for run in found)
 
 
 def test_bare_checkpoints_become_a_soup_that_says_how_it_is_built(registered, tmp_path, caplog, nothing_temporary):

@@ -88,7 +88,7 @@ def test_each_stage_is_the_configuration_with_values_of_its_own():
 
 
 @pytest.mark.parametrize('stages, words', [
-    (({}, {'epochs': -1}), 'Config.epochs is -1'), (({'epoch': 1},), "'epoch'"),
+    (({}, {'epochs': -1}), 'Stage 2 .*Config.epochs is -1'), (({'epoch': 1},), "Stage 1 .*'epoch'"),
     (({'stages': ()},), "Stage 1 .*cannot set 'stages'"),
     (({}, {'embedding_dim': 64}), "Stage 2 .*cannot set 'embedding_dim'"),
     (({'trains': 'last'},), "for example, 'last 4'"),

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import contents, new_model, small_model
 
 from guie import embedding
 from guie.embedding import cached_vectors, embed, embed_all, save_vectors, selection_score, vectors_hash
 from guie.images import read_pixels
 from guie.retrieval import mean_precision_at_5
-from runs import contents, new_model, small_model
 
 
 @pytest.fixture

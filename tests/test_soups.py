@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import CONFIG, contents, new_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import SPEC, as_authors, random_state
 from worlds import ROOT
@@ -32,7 +33,6 @@ from guie.soups import (
     task_vector_cosines,
 )
 from guie.submission import evaluate_submission, export_submission
-from runs import CONFIG, contents, new_model
 
 
 def written(folder, states, **metadata):

@@ -88,8 +88,8 @@ def test_every_run_in_a_kernel_has_the_precision_of_its_own_configuration(train,
     models = {precision: new_model() for precision in ('fp16', 'bf16', 'no')}
     products = {}
     for precision, model in models.items():
-        model.tower.transformer.resblocks[0].register_forward_hook(
-            lambda module, given, made, precision=precision: products.setdefault(precision, module.mlp.c_fc(made).dtype))
+        model.tower.transformer.resblocks[0].mlp.c_fc.register_forward_hook(
+            lambda module, given, made, precision=precision: products.update({precision: made.dtype}))
         fit(CONFIG.override(epochs=1, precision=precision), model, train, tmp_path / precision)
     assert list(dict.fromkeys(half for half in used if half is not False)) == [torch.float16, torch.bfloat16, None]
     assert products == {'fp16': torch.float16, 'bf16': torch.bfloat16, 'no': torch.float32}

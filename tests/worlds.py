@@ -1,4 +1,4 @@
-"""What several test files share: small files on disk and small tables."""
+"""What several test files share: small files, small tables, and the notebooks' settings."""
 import json
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import pandas as pd
 import utilities
 
 ROOT = Path(__file__).resolve().parent.parent
-
 NO_IMAGE = b'not decoded by any of these tests'
 
 
