@@ -19,9 +19,8 @@ from guie.towers import BLOCK, checkpoint_activations
 
 RESERVE = 2**30  # bytes of a GPU that no tensor gets: CUDA itself, cuBLAS' workspace, gaps between blocks
 # Of the operations that fill a tower, those that torch.autocast computes on a GPU in half precision, and in float32
-IN_HALF = {*'linear conv1d conv2d matmul mm bmm addmm baddbmm einsum'.split(), 'scaled_dot_product_attention',
-           'multi_head_attention_forward'}
-IN_FLOAT = {'layer_norm', 'group_norm', 'softmax'}
+IN_HALF = {*'linear conv1d conv2d matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention'.split()}
+IN_FLOAT = {'layer_norm', 'group_norm', 'softmax', 'multi_head_attention_forward'}  # the last for simplicity: poolers alone
 
 
 class FusedAttention(torch.autograd.Function):
@@ -83,19 +82,20 @@ def activation_bytes(model, config, half):
     """Bytes of activations at the moment when there are most; the model, on the meta device, is changed."""
     tower, centers, side = model.tower, model.head.centers, config.image_size
     images = torch.empty(config.batch_size, 3, side, side, device='meta')
-    kept, modules = forward_pass(tower, images, half)
+    kept, parts = forward_pass(tower, images, half)
     most, copies = kept, 0
     if config.checkpoint_activations is not False:
         checkpoint_activations(tower)
         kept, again = forward_pass(tower, images, half)
         # What is recomputed as one keeps no more than its input; in the backward pass it has all that it kept at first.
-        most = max([kept, *(before + modules[module][2] for module, (given, before, its) in again.items() if its <= given)])
+        most = max([kept, *(before + parts[part][2] for part, (given, before, its) in again.items()
+                            if its <= given and part in parts)])
         # Autocast's copies of the weights stay until the pass ends; where nothing is recomputed autograd keeps them anyway.
         copies = sum(weight.numel() * half.itemsize for weight in tower.parameters() if half and weight.requires_grad)
     # The head has its centres at length 1; then, instead, the gradient of these and four tensors on the way to the centres'.
     head = max(copies + centers.nbytes, 5 * centers.nbytes) + 24 * len(images) * len(centers)  # six values a cosine
     # An operation has the gradient of its output and makes those of its input and its weight.
-    gradients = 2 * max(given for given, *_ in modules.values()) + max(weight.nbytes for weight in tower.parameters())
+    gradients = 2 * max(given for given, *_ in parts.values()) + max(weight.nbytes for weight in tower.parameters())
     return max(kept + head, most + gradients)
 
 
@@ -137,15 +137,14 @@ def smaller_plans(config, processes):
     sizes = [size for size in range(config.batch_size // 2, 0, -1)
              if not (config.effective_batch % size or config.head_norm)]  # which compares the images of a batch
     changes = [{}, *({'batch_size': size} for size in sizes)]
-    if processes > 1:
-        changes += [{'shard': True}, *({'shard': True, 'batch_size': size} for size in sizes[-1:])]
+    changes += [{'shard': True}, *({'shard': True, 'batch_size': size} for size in sizes[-1:])] if processes > 1 else []
     return [less | change for change in changes]
 
 
 def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
     """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
     before it starts, if that is too much. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
-    gpus, run_dir = torch.cuda.device_count(), Path(run_dir).absolute()
+    gpus, place = torch.cuda.device_count(), Path(run_dir).absolute()
     processes, (capacity, words) = processes or gpus or 1, (memory, 'given') if memory else available_memory()
     half = torch.float16 if gpus and config.precision != 'no' else None
     config = config.override(checkpoint_activations=gpus > 0) if config.checkpoint_activations is None else config
@@ -162,7 +161,7 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
         print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
               + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    disk = disk or shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())).free
+    disk = disk or shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
     if 7 * weights > disk:  # these, and two states of thrice their size: one is whole before the one before it goes
         print(f'{7 * weights / 1e9:.1f} GB do not fit on the disk of {run_dir}, which has {disk / 1e9:.1f}: choose another '
               'OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves loses its state.'

@@ -1,13 +1,19 @@
 """A small world of images, made once a test session."""
 import os
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 import pytest
+import runs
 
 import demo
 import utilities
+from guie.distributed import launch
+from guie.embedding import selection_score
+from guie.splits import Splits
+from guie.training import fit
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +38,23 @@ def tiny_world(tmp_path_factory):
 @pytest.fixture
 def train(tiny_world):
     return utilities.read_dataset(tiny_world / 'train.csv')
+
+
+@pytest.fixture(scope='session')
+def launched(tiny_world, tmp_path_factory):
+    """Folder of the runs that two processes trained (tests/launched.py), and the run `one` that must come to the same."""
+    folder = tmp_path_factory.mktemp('launched')
+    train = utilities.read_dataset(tiny_world / 'train.csv')
+    splits = Splits(train=train, selection_query=train[::6], selection_index=train.drop(train.index[::6]))
+    splits.save(folder / 'splits.csv')
+    (folder / 'task').write_text('runs')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        launch('tests.launched', folder, 2)
+        runs.without_dropout(patch)
+        config = runs.CONFIG.override(augmentation='cutout', validate_every=4)
+        fit(config, runs.new_model(), train, folder / 'one', partial(selection_score, splits=splits))
+    return folder
 
 
 @pytest.fixture

@@ -4,18 +4,24 @@ import os
 import signal
 import time
 
+import numpy as np
+import pandas as pd
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from guie import model, training
 from guie.config import Config
+from guie.images import ImageDataset, loader
 from guie.model import Embedder, SubcenterHead
+from guie.resume import Progress
 from guie.towers import TowerSpec
 
 CONFIG = Config(model_name='local-dir:media/miniature', pretrained='miniature', image_size=32, layer_lrs=((6, 1e-4),),
                 head_lr=3e-3, scale=16., embedding_dim=32, batch_size=8, effective_batch=16, epochs=3, warmup_steps=2,
                 save_minutes=1000)
 SAVING = CONFIG.override(save_minutes=0, epochs=1)  # 4 steps of 16 images, a state after each
+HALF = SAVING.override(epochs=2, precision='fp16', checkpoint_activations=True)
 torch.set_num_threads(1)  # runs this small would only wait for the other threads
 SPAWN = multiprocessing.get_context('spawn')
 
@@ -76,7 +82,7 @@ def press_stop_before(step):
 
 def without_dropout(monkeypatch):
     """Training that depends on no random mask: those of two processes are not those of one."""
-    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda features, p: features)
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda features, *_, **__: features)
 
 
 def wait_for(condition, alive=lambda: True, seconds=120):
@@ -85,3 +91,46 @@ def wait_for(condition, alive=lambda: True, seconds=120):
     while not condition():
         assert alive() and time.time() < until, 'what was waited for did not happen'
         time.sleep(.005)
+
+
+def one_step(train, config, **options):
+    """The Embedder after one step of SGD over 16 images, shared by all processes, without dropout."""
+    model, accelerator = new_model(), Accelerator(cpu=True)
+    run = training.prepare(accelerator, config, model, None, Progress(), 1)
+    run.optimiser = torch.optim.SGD(model.parameters(), **options)
+    run.wrapped.eval()
+    dataset = ImageDataset(train, 32, targets=np.unique(train['label'], return_inverse=True)[1])
+    batches = loader(dataset, config.batch_size, train=True, rank=accelerator.process_index,
+                     processes=accelerator.num_processes)
+    count = 16 // (config.batch_size * accelerator.num_processes)
+    assert training.optimiser_step(run, list(batches)[:count], torch.full((12,), .3))[1]
+    return model
+
+
+def watch_half(monkeypatch, scale=2. ** 17):
+    """A list that gets a row each optimiser step: loss, whether the weights moved, whether it says so, the scale of fp16."""
+    seen, step, scaler = [], training.optimiser_step, torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled))
+
+    def held(model):
+        return [(parameter.to_local() if hasattr(parameter, 'to_local') else parameter).detach().clone()
+                for parameter in model.parameters()]
+
+    def watched(run, *rest):
+        before = held(run.model)
+        loss, says = step(run, *rest)
+        moved = any(not torch.equal(old, new) for old, new in zip(before, held(run.model)))
+        seen.append({'loss': loss, 'moved': moved, 'says': says, 'scale': run.scaler.get_scale()})
+        return loss, says
+
+    monkeypatch.setattr(training, 'optimiser_step', watched)
+    return seen
+
+
+def check_half(seen, run):
+    """A gradient too large for fp16 lowers the scale and leaves weights and learning rate, as watch_half saw it."""
+    assert seen['moved'].equals(seen['says']) and seen['loss'].notna().all()
+    assert 1 <= seen['moved'].argmax() <= 5 and seen['moved'].iloc[-3:].all()  # skipped until the scale fits
+    assert seen['scale'].tolist() == (2. ** (17 - (~seen['moved']).cumsum())).tolist()
+    lr = pd.read_csv(run / 'log.csv')['lr']  # the rate that the next step takes
+    assert (lr.diff().iloc[1:] != 0).tolist() == seen['moved'].iloc[1:].tolist()

@@ -11,12 +11,13 @@ import demo
 from guie import recipes, training
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import Config
-from guie.distributed import Stopped
+from guie.distributed import Stopped, launch
 from guie.embedding import embed
 from guie.losses import adaptive_margins
 from guie.recipes import RECIPES, follow_recipe
+from guie.resume import read_position, saved_states
 from guie.splits import Splits
-from tests.runs import new_model, same, weights
+from tests.runs import apart, new_model, same, weights, without_dropout
 
 CONFIG = Config(**demo.settings({'image_size': 32})).override(
     batch_size=8, effective_batch=16, epochs=1, warmup_steps=1, embedding_dim=32, save_minutes=1000)
@@ -107,11 +108,11 @@ def test_the_hours_of_a_session_are_those_of_all_stages_together(splits, tmp_pat
 def test_several_processes_are_launched_for_each_stage_with_what_it_begins_with(splits, tmp_path, monkeypatch):
     launched = []
 
-    def launch(module, folder, processes):  # what its processes would do, in this one
+    def launch_here(module, folder, processes):  # what its processes would do, in this one
         launched.append((module, folder.name, processes, json.loads((folder / 'job/options.json').read_text())))
         training.main(folder)
 
-    monkeypatch.setattr(recipes, 'launch', launch)
+    monkeypatch.setattr(recipes, 'launch', launch_here)
     recipes.train(STAGED, splits, tmp_path / 'run', processes=2)
     assert [call[:3] for call in launched] == [('guie.training', 'run-stage-1', 2), ('guie.training', 'run', 2)]
     first, second = (call[3] for call in launched)
@@ -119,6 +120,17 @@ def test_several_processes_are_launched_for_each_stage_with_what_it_begins_with(
     assert second['weights'].endswith('run-stage-1/stage.safetensors') and first['started'] == second['started']
     recipes.train(STAGED, splits, tmp_path / 'here', processes=1)
     assert same(weights(tmp_path / 'run'), weights(tmp_path / 'here'))
+
+
+def test_two_processes_go_through_the_stages_as_one_does_each_holding_a_part(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, 'launch', lambda module, folder, processes: launch('tests.launched', folder, processes))
+    recipes.train(STAGED.override(batch_size=4, shard=True), splits, tmp_path / 'two', processes=2)
+    without_dropout(monkeypatch)
+    recipes.train(STAGED, splits, tmp_path / 'one', processes=1)
+    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    # AdamW brings noise up to the learning rate where gradients vanish
+    assert set(one) == set(two) and apart(one, two) < 1e-3 and not (tmp_path / 'two/two-stage-1/state').exists()
+    assert read_position(saved_states(tmp_path / 'two/state')[0])['progress']['processes'] == 2
 
 
 def test_margins_grow_every_epoch_also_over_stages(splits, tmp_path, monkeypatch):
