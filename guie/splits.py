@@ -62,6 +62,9 @@ class Splits(dict):
                               'domains': ', '.join(sorted(frame['domain'].unique())), 'hash': selection_hash(frame)}
                              for name, frame in self.items()]).set_index('split')
 
+    def __repr__(self):
+        return self.table().to_string()
+
     def _repr_html_(self):
         return self.table().to_html()
 
