@@ -1,20 +1,16 @@
 """Checkpoints: files of weights and folders of runs, ours or the original authors', written, read and found."""
 import copy
 import json
-import pickle
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from guie.config import PUBLISHED, Config
-from guie.files import ATTACHED, attached_folders, state_hash, whole_file
+from guie.files import ATTACHED, attached_folders, read_weights, state_hash, whole_file
 from guie.model import Embedder, SubcenterHead
 from guie.towers import TowerSpec, build_tower, load_image_tower, load_strictly, resize_tower, unloaded_tower
 
@@ -51,47 +47,20 @@ class Checkpoint(dict):
 
 
 def open_checkpoint(path):
-    """Opens a file of weights or a run's folder, tensors mapped and not yet read -> Checkpoint; a Checkpoint as it is.
-    The content decides, whatever the file's name: safetensors, or torch.save of a state dict, also one nested under
-    'state_dict' or 'model' or prefixed with 'module.'. Left out: what is not a tensor, and the text tower of the original
-    authors' files. Nothing in a file is executed. FileNotFoundError; ValueError for a file that is truncated, of another
-    kind, or holds Python objects."""
+    """Opens a file of weights or a run's folder, as read_weights does -> Checkpoint with our names; a Checkpoint as it is.
+    The prefix 'module.' and the text tower of the original authors' files are left out. FileNotFoundError; ValueError for a
+    file that holds no weights."""
     if isinstance(path, Checkpoint):
         return path
     path = Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}: check the path, or make this file first.')
     tensors, metadata = read_weights(path)
-    for nest in ('state_dict', 'model'):
-        if isinstance(tensors, dict) and isinstance(tensors.get(nest), dict):
-            tensors = tensors[nest]
-    named = tensors.items() if isinstance(tensors, dict) else ()
-    ours = {our_name(name): value.detach() for name, value in named if isinstance(value, torch.Tensor)}
+    ours = {our_name(name): value for name, value in tensors.items()}
     ours.pop(None, None)  # the text tower
     if not ours:
         raise ValueError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
     return Checkpoint(ours, metadata, path)
-
-
-def read_weights(path):
-    """(what a file of weights holds, metadata), without running anything in it."""
-    path = path.resolve()  # the name of what a link leads to
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    try:
-        if start[8:] == b'{':  # safetensors: 8 bytes of length, then JSON
-            with safe_open(path, framework='pt') as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        mapped = zipfile.is_zipfile(path) and path.suffix != '.safetensors'  # torch.load would trust the name
-        with open(path, 'rb') as file:
-            source = path if mapped else file
-            return torch.load(source, map_location='cpu', mmap=mapped, weights_only=True), {}
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        if isinstance(error, pickle.UnpicklingError) and 'GLOBAL' in str(error):
-            raise ValueError(f'{path} holds Python objects, which could run code when loaded: '
-                             'ask for its state dict alone, or for safetensors.') from error
-        raise ValueError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
-                         'copy or download it again.') from error
 
 
 def our_name(name):

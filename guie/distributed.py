@@ -162,7 +162,7 @@ def raise_launched_error(folder, returncode, complaints, processes):
     lost = LOST.search(message)
     if name and not lost:
         raise ERRORS.get(name, RuntimeError)(message)
-    if lost or returncode and re.search(r'SIGKILL|exitcode *: -9', complaints):
+    if lost or returncode and re.search(r'SIGKILL|exitcode *: -(6|9)', complaints):  # when one is killed, others may abort
         raise RuntimeError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
                            f'batch_size and run this cell again; a run resumes from its last state.')
     if returncode:

@@ -92,8 +92,8 @@ def activation_bytes(model, config, half):
                             if its <= given and part in parts)])
         # Autocast's copies of the weights stay until the pass ends; where nothing is recomputed autograd keeps them anyway.
         copies = sum(weight.numel() * half.itemsize for weight in tower.parameters() if half and weight.requires_grad)
-    # The head has its centres at length 1; then, instead, the gradient of these and four tensors on the way to the centres'.
-    head = max(copies + centers.nbytes, 5 * centers.nbytes) + 24 * len(images) * len(centers)  # six values a cosine
+    # The centres' gradient comes in two parts, of their products and of their lengths, when autocast's copies are gone.
+    head = max(copies, 2 * centers.nbytes) + 24 * len(images) * len(centers)  # six values a cosine
     # An operation has the gradient of its output and makes those of its input and its weight.
     gradients = 2 * max(given for given, *_ in parts.values()) + max(weight.nbytes for weight in tower.parameters())
     return max(kept + head, most + gradients)

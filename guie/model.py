@@ -42,7 +42,8 @@ class SubcenterHead(nn.Module):
     def cosine(self, embedding):
         """(n, dim) -> cosine to the nearest centre of every class, float32 (n, n_classes)."""
         with torch.autocast(embedding.device.type, enabled=False):  # a cosine near 1 has no digits left in fp16
-            cosine = F.normalize(embedding.float()) @ F.normalize(self.centers.float()).T
+            centers = self.centers.float()  # as they are: a copy of length 1 would be as large as all classes
+            cosine = F.normalize(embedding.float()) @ centers.T / centers.norm(dim=1).clamp_min(1e-12)
         return cosine.unflatten(1, (-1, self.subcenters)).amax(2)
 
 

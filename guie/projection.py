@@ -3,7 +3,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
 from torch import nn
 
 MAX_DIM = 64  # the competition's limit
@@ -59,6 +58,8 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     importance of the rows, e.g. to even out kinds of object; only their ratios matter. Signs: each direction's largest
     absolute entry is positive. ValueError: dim out of range, unfit weights, a NaN or infinite row, embeddings that hardly
     vary."""
+    from sklearn.decomposition import PCA  # which takes a second, whatever is imported from here
+
     rows = np.asarray(embeddings, dtype=np.float64)
     if rows.ndim != 2:
         raise ValueError(f'PCA takes a table (n, d) of embeddings, not {rows.shape}: stack them')

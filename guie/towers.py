@@ -11,12 +11,11 @@ import timm
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from guie.files import did_you_mean
+from guie.files import did_you_mean, read_weights
 
 BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
 STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
@@ -146,25 +145,15 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     size = image_size or facts['input_size'][-1]
     if file:
         classifier = tower.pretrained_cfg.get('classifier') or '-'
-        state = {name: tensor for name, tensor in read_timm_weights(file).items() if not name.startswith(f'{classifier}.')}
-        load_strictly(tower, state, file)
+        state = {name.removeprefix('module.'): tensor for name, tensor in read_weights(file)[0].items()}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith(f'{classifier}.')}
+        load_strictly(tower, kept, file)
     resize_tower(tower, size)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
     tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']), '', width,
                            {'library': 'timm', 'name': name, 'options': options})
     return tower
-
-
-def read_timm_weights(file):
-    """{name: tensor} of a timm model's weights, safetensors or torch.save's, whatever the name; no code in it is run."""
-    try:
-        with open(file, 'rb') as start:
-            safe = start.read(9)[8:] == b'{'  # 8 bytes of length, then JSON
-        return load_file(file) if safe else timm.models.load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise ValueError(f'{file} is truncated or holds no weights ({str(error).splitlines()[0]}): copy or download it '
-                         f'again.') from error
 
 
 def load_strictly(module, state, source):

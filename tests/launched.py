@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def refuse(folder):
     """Prints and raises, in each process."""
     rank, processes = rank_and_world_size()
     (folder / f'process {os.getpid()}').touch()
-    print(f'process {rank} of {processes} prints ü')
+    print(f'process {rank} of {processes} prints ü', flush=True)
+    (folder / f'printed {rank}').touch()
+    while len(list(folder.glob('printed *'))) < processes:  # else the first one's end may come before the other's beginning
+        time.sleep(.01)
     raise ValueError(f'The words of process {rank}.')
 
 
