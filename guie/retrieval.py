@@ -59,11 +59,11 @@ def shortlist(query, index, width, exclude, chunk):
         half = rows.square().sum(1) / 2
         largest = max(largest, math.sqrt(2 * float(half.max())))
         here = torch.addmm(half, query, rows.T, alpha=-1)
-        places = torch.arange(start, start + len(rows), device=query.device).expand(len(query), -1)
-        here[places == exclude[:, None]] = torch.inf
-        joined = torch.cat([scores, here], 1)
-        scores, order = joined.topk(min(width, joined.shape[1]), largest=False)
-        at = torch.cat([at, places], 1).gather(1, order)
+        inside = ((exclude >= start) & (exclude < start + len(rows))).nonzero()[:, 0]
+        here[inside, exclude[inside] - start] = torch.inf
+        best, places = here.topk(min(width, len(rows)), largest=False)
+        scores, order = torch.cat([scores, best], 1).topk(min(width, scores.shape[1] + best.shape[1]), largest=False)
+        at = torch.cat([at, places + start], 1).gather(1, order)
     return scores, at, largest
 
 
