@@ -60,14 +60,14 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     vary."""
     from sklearn.decomposition import PCA  # which takes a second, whatever is imported from here
 
-    rows = np.asarray(embeddings, dtype=np.float64)
+    rows = np.asarray(embeddings)
     if rows.ndim != 2:
         raise ValueError(f'PCA takes a table (n, d) of embeddings, not {rows.shape}: stack them')
     check_dim(dim, rows.shape[1], len(rows))
     if not (finite := np.isfinite(rows).all(1)).all():
         raise ValueError(f'embedding {finite.argmin()} holds NaN or infinite values: leave it out or embed it again')
-    first = rows[0]
-    rows = rows - first  # equal rows become exact zeros, and a mean far larger than the spread costs no digits
+    first = rows[0].astype(np.float64)
+    rows = np.subtract(rows, first, dtype=np.float64)  # equal rows become 0, and a mean far above the spread costs no digits
     mean = rows.mean(0)
     if weights is not None:
         rows, mean = weighted(rows, np.asarray(weights, dtype=np.float64))
