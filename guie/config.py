@@ -54,13 +54,13 @@ class Config:
     head_lr: float = 3e-4                     # the head starts from nothing, the tower does not
     head_weight_decay: float = 1e-5
     tower_weight_decay: float = 1e-3
-    batch_size: int = 8                       # images on one device at a time: what fits a 16 GB T4
+    batch_size: int | None = None             # images on one device at a time; None: as many as fit, 8 on a CPU
     effective_batch: int = 32                 # images an optimiser step; the rest is accumulated
     epochs: int = 1
     warmup_steps: int = 1000                  # optimiser steps of linear warm-up, then cosine to 0
     max_grad_norm: float = 1.0                # an early ArcFace gradient can be huge; the published code did not clip
     precision: str = 'auto'                   # 'bf16' or 'fp16' where the device has it, else 'no'
-    checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: on a GPU
+    checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: at need
     shard: bool = False                       # parts of the tower on each GPU (FSDP), where a whole one does not fit
     data_seed: int = 5                        # which classes are drawn and held out: alike for all ingredients of a soup
     seed: int = 5                             # data order, augmentation, dropout
@@ -80,10 +80,10 @@ class Config:
         for name, names in (('augmentation', AUGMENTATIONS), ('precision', ('auto', 'no', 'fp16', 'bf16'))):
             if getattr(self, name) not in names:
                 raise ValueError(f'Config.{name} is {getattr(self, name)!r}; choose {", ".join(names)}.')
-        if self.effective_batch % self.batch_size:
+        if self.batch_size and self.effective_batch % self.batch_size:
             raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
-        if self.head_norm and self.batch_size < 2:
+        if self.head_norm and self.batch_size == 1:
             raise ValueError('Config.batch_size is 1; head_norm compares the images of a batch: give more.')
         if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
             raise ValueError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from guie.distributed import processes_here
 from guie.model import freeze, resize
 from guie.towers import BLOCK, checkpoint_activations
 
@@ -84,7 +85,7 @@ def activation_bytes(model, config, half):
     images = torch.empty(config.batch_size, 3, side, side, device='meta')
     kept, parts = forward_pass(tower, images, half)
     most, copies = kept, 0
-    if config.checkpoint_activations is not False:
+    if config.checkpoint_activations:
         checkpoint_activations(tower)
         kept, again = forward_pass(tower, images, half)
         # What is recomputed as one keeps no more than its input; in the backward pass it has all that it kept at first.
@@ -131,6 +132,31 @@ def available_memory():
     return size - RESERVE, f'of one {name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
 
 
+def half_here(config):
+    """The dtype of activations on this machine's GPU, None for float32; float16 and bfloat16 are as large."""
+    return torch.float16 if torch.cuda.device_count() and config.precision != 'no' else None
+
+
+def fitted(config, model, processes):
+    """The configuration with batch_size and checkpoint_activations chosen where they are None. On a CPU: 8 images, nothing
+    recomputed. On a GPU: the largest batch that fits so, or if that is below 8, the largest that fits while activations are
+    recomputed; a tenth of the memory is left for gaps between tensors."""
+    sizes = [size for size in range(max(1, config.effective_batch // processes), 0, -1) if not config.effective_batch % size]
+    sizes = [config.batch_size] if config.batch_size else sizes
+    recompute = [False, True] if config.checkpoint_activations is None else [config.checkpoint_activations]
+    if not torch.cuda.device_count():
+        return config.override(batch_size=next(size for size in sizes if size <= 8 or config.batch_size),
+                               checkpoint_activations=recompute[0])
+    room = .9 * available_memory()[0]
+    for again in recompute:
+        for size in sizes if again == recompute[-1] else [size for size in sizes if size >= min(8, sizes[0])]:
+            choice = config.override(batch_size=size, checkpoint_activations=again)
+            plan = memory_plan(model, choice, processes=processes, half=half_here(config))
+            if sum(plan.values()) <= room:
+                return choice
+    return choice
+
+
 def smaller_plans(config, processes):
     """Changes of a configuration that need less memory, the least change first; the result stays the same."""
     less = {} if config.checkpoint_activations else {'checkpoint_activations': True}
@@ -144,20 +170,19 @@ def smaller_plans(config, processes):
 def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
     """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
     before it starts, if that is too much. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
-    gpus, place = torch.cuda.device_count(), Path(run_dir).absolute()
-    processes, (capacity, words) = processes or gpus or 1, (memory, 'given') if memory else available_memory()
-    half = torch.float16 if gpus and config.precision != 'no' else None
-    config = config.override(checkpoint_activations=gpus > 0) if config.checkpoint_activations is None else config
+    processes, (capacity, words) = processes or processes_here(), (memory, 'given') if memory else available_memory()
+    stages, place = [fitted(stage, model, processes) for stage in config.each_stage()], Path(run_dir).absolute()
 
-    def heaviest_stage(change):
-        plans = [memory_plan(model, each, processes=processes, half=half) for each in config.override(**change).each_stage()]
-        return max(plans, key=lambda plan: sum(plan.values()))
+    def plan_of_stage(stage):
+        return memory_plan(model, stage, processes=processes, half=half_here(stage))
 
-    needs = heaviest_stage({})
+    def fits(change):
+        return all(sum(plan_of_stage(stage.override(**change)).values()) <= capacity for stage in stages)
+
+    heaviest, needs = max(zip(stages, map(plan_of_stage, stages)), key=lambda pair: sum(pair[1].values()))
     total = sum(needs.values())
     if total > capacity:
-        fits = (change for change in smaller_plans(config, processes) if sum(heaviest_stage(change).values()) <= capacity)
-        change = next(fits, None)
+        change = next(filter(fits, smaller_plans(heaviest, processes)), None)
         print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
               + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -169,4 +194,5 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
     rows = {**needs, 'memory in all': total, f'memory {words}': capacity,
             'two checkpoints to resume from, and the weights': 7 * weights, 'disk free': disk}
     table = pd.DataFrame({'need': list(rows), 'GB': [size / 1e9 for size in rows.values()]})
-    return table.replace({'activations': f'activations, batch of {config.batch_size}'})
+    recomputed = ', recomputed' * heaviest.checkpoint_activations
+    return table.replace({'activations': f'activations, batch of {heaviest.batch_size}{recomputed}'})

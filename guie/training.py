@@ -19,6 +19,7 @@ from guie.embedding import selection_score
 from guie.files import ATTACHED, progress_bar, state_hash, write_text
 from guie.images import ImageDataset, loader
 from guie.losses import adaptive_margins, arcface_loss
+from guie.memory import fitted
 from guie.model import freeze, new_model, param_groups, resize
 from guie.resume import BEST, Progress, Run, RunLog, copy_attached_state, restore_state, run_lock, save_checkpoint
 from guie.sharding import full_state, load_sharded, save_sharded, shard
@@ -41,6 +42,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
         raise ValueError(f'The head must have {len(labels)} classes, as many as the images have labels.')
     accelerator = Accelerator(mixed_precision='no', cpu=best_device().type == 'cpu', step_scheduler_with_optimizer=False,
                               kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    config = fitted(config, model, accelerator.num_processes)
     together = config.batch_size * accelerator.num_processes
     accumulate = max(1, config.effective_batch // together)
     images = together * accumulate  # of one step
@@ -88,7 +90,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
 def prepare(accelerator, config, model, run_dir, progress, steps):
     """The Run: optimiser, schedule and precision, a copy of the model on each GPU or with config.shard a part of it."""
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
-    if config.checkpoint_activations or (config.checkpoint_activations is None and accelerator.device.type == 'cuda'):
+    if config.checkpoint_activations:
         checkpoint_activations(model.tower)
     freeze(model, config.trains)
     if config.shard:

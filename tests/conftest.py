@@ -1,4 +1,4 @@
-"""A small world of images, made once a test session."""
+"""A small world of images, made once a test session. Only test_gpu.py sees a GPU: what the others compare is exact."""
 import os
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from guie.splits import Splits
 from guie.training import fit
 
 matplotlib.use('Agg')
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # here and in the processes that tests start
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -9,9 +9,10 @@ import open_clip
 import pytest
 import torch
 
+from guie import memory
 from guie.config import Config
 from guie.losses import arcface_loss
-from guie.memory import memory_plan, training_plan
+from guie.memory import fitted, memory_plan, training_plan
 from guie.model import Embedder, SubcenterHead, param_groups
 from guie.recipes import follow_recipe
 from guie.towers import TowerSpec, build_tower, checkpoint_activations
@@ -83,7 +84,7 @@ def test_the_memory_plan_is_within_15_percent_of_a_measured_run(tmp_path, monkey
 
 @functools.lru_cache
 def plan_of(name, size, **changes):
-    config = Config(model_name=name, image_size=size, **changes)
+    config = Config(model_name=name, image_size=size, batch_size=8, **changes)
     with torch.device('meta'):
         tower = full_size(name, size)
     model = Embedder(tower, SubcenterHead(tower.spec.width, 17_642))
@@ -98,6 +99,24 @@ def test_both_towers_fit_a_t4_at_batch_8_with_activations_recomputed(name, size,
     assert plan['optimiser'] == pytest.approx(8 * values, rel=.002)
     assert sum(plan.values()) < T4
     assert plan_of(name, size, checkpoint_activations=False)['activations'] > 2 * plan['activations']
+
+
+@pytest.mark.parametrize('gigabytes, processes, size, recompute', [
+    (80, 1, 32, False), (80, 4, 8, False), (24, 1, 16, False), (15.6, 1, 32, True), (15.6, 2, 16, True), (4, 1, 1, True)])
+def test_a_gpu_gets_the_largest_batch_without_recomputing_or_else_with(monkeypatch, gigabytes, processes, size, recompute):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: processes)
+    monkeypatch.setattr(memory, 'available_memory', lambda: (gigabytes * 1e9, 'given'))
+    with torch.device('meta'):
+        tower = full_size('ViT-H-14', 224)
+    config = fitted(Config(), Embedder(tower, SubcenterHead(tower.spec.width, 17_642)), processes)
+    assert (config.batch_size, config.checkpoint_activations) == (size, recompute)
+
+
+@pytest.mark.parametrize('given', [{'batch_size': 2}, {'checkpoint_activations': True}, {'effective_batch': 12}])
+def test_what_the_configuration_says_is_kept_and_a_cpu_takes_8_images(given):
+    config = fitted(Config(**given), mid_size(), 1)
+    wanted = Config(**{'batch_size': 6 if 'effective_batch' in given else 8, 'checkpoint_activations': False} | given)
+    assert config == wanted
 
 
 def test_a_sharded_tower_needs_half_of_the_memory_on_each_of_two_gpus_and_what_it_gathers():

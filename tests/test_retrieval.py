@@ -170,15 +170,6 @@ def test_a_memory_map_is_never_read_whole(tmp_path, monkeypatch):
     assert max(read) == 640  # a chunk, or the shortlists of all ten queries
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_a_gpu_finds_what_the_cpu_finds_even_with_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
-    query, index = normal(0, 200, 64), np.repeat(normal(1, 9000, 64), 2, axis=0)
-    expected = nearest_neighbours(query, index, 9)
-    for found, wanted in zip(nearest_neighbours(query, index, 9, device='cuda'), expected):
-        np.testing.assert_array_equal(found, wanted)
-
-
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_the_first_bad_row_and_its_side_are_named(value):
     good, bad = normal(0, 3000, 5), normal(0, 3000, 5)
