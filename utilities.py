@@ -2,6 +2,7 @@
 
 A room is a file of guie/ that reads from top to bottom and imports from rooms above it alone:
 
+    errors       what a user can mend, each one sentence
     files        whole or no files, attached inputs, hashes
     distributed  one or several GPUs, and a stop that saves
     images       an image file to a uint8 square, augmented, in batches
@@ -27,8 +28,8 @@ sharding and resume, used by training, stand between memory and training."""
 from guie.checkpoints import base_states, find_ingredients, list_runs, load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
-from guie.distributed import Stopped
 from guie.embedding import embed, embed_all
+from guie.errors import Stopped
 from guie.files import copy_to_kaggle_output
 from guie.images import AUGMENTATIONS, ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
@@ -65,8 +66,8 @@ from guie.towers import TowerSpec, load_image_tower
 from guie.training import fit, write_job
 
 __all__ = [
-    'copy_to_kaggle_output',
     'Stopped',
+    'copy_to_kaggle_output',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',

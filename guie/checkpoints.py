@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guie.config import PUBLISHED, Config
+from guie.errors import InputError, MissingError
 from guie.files import ATTACHED, attached_folders, read_weights, state_hash, whole_file
 from guie.model import Embedder, SubcenterHead
 from guie.towers import TowerSpec, build_tower, load_image_tower, load_strictly, resize_tower, unloaded_tower
@@ -54,12 +55,12 @@ def open_checkpoint(path):
         return path
     path = Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'There is no checkpoint {path}: check the path, or make this file first.')
+        raise MissingError(f'There is no checkpoint {path}: check the path, or make this file first.')
     tensors, metadata = read_weights(path)
     ours = {our_name(name): value for name, value in tensors.items()}
     ours.pop(None, None)  # the text tower
     if not ours:
-        raise ValueError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
+        raise InputError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
     return Checkpoint(ours, metadata, path)
 
 
@@ -77,7 +78,7 @@ def save_state(tensors, path, metadata=None, *, overwrite=False):
     FileExistsError unless `overwrite`; OSError if it cannot be written, and what was there stays as it was."""
     path, metadata = Path(path), {'format': 'pt', **(metadata or {})}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
-        raise ValueError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
+        raise InputError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
     if path.exists() and not overwrite:
         raise FileExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
     with whole_file(path) as beside:
@@ -101,11 +102,11 @@ def load_run(path, tower=None):
     only its architecture and spec are used, on a copy."""
     checkpoint = open_checkpoint(path)
     if tower is None and 'spec' not in checkpoint.metadata:
-        raise ValueError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+        raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     try:
         model = unloaded_model(checkpoint, tower)
     except Exception as error:  # strangers' metadata may hold anything
-        raise ValueError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
+        raise InputError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
                          f'shapes of head and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this '
                          f'run again, or pass tower=load_image_tower(…).') from error
     load_strictly(model, checkpoint, checkpoint.path)
@@ -156,9 +157,9 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=ATT
         found = {tower: finished_runs(tower, folders) for tower in towers}
     found = {tower: runs for tower, runs in found.items() if runs}
     if not found:
-        raise FileNotFoundError(f'{root} holds no finished run of {" or ".join(towers)}, nor does an attached output: run '
-                                f'train_{towers[0]}.ipynb first, once for every ingredient, or give checkpoints as '
-                                f'INGREDIENTS.')
+        raise MissingError(f'{root} holds no finished run of {" or ".join(towers)}, nor does an attached output: run '
+                           f'train_{towers[0]}.ipynb first, once for every ingredient, or give checkpoints as '
+                           f'INGREDIENTS.')
     for tower in {**dict.fromkeys(towers), **found}:
         print(f'{tower}: {len(found.get(tower, []))} ingredients')
     return found
@@ -180,7 +181,7 @@ def bare_checkpoints(tower, paths, architecture):
     and a name of its own.
     architecture: Config's fields for their tower; nothing is downloaded, since the files hold all of its weights."""
     if architecture is None:
-        raise ValueError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
+        raise InputError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
                          f'model_name, pretrained and image_size in ARCHITECTURES.')
     config = Config().override(**architecture)
     metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}

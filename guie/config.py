@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from pathlib import Path
 
+from guie.errors import InputError, MissingError
 from guie.files import did_you_mean, write_text
 from guie.images import AUGMENTATIONS
 
@@ -79,16 +80,16 @@ class Config:
         object.__setattr__(self, 'layer_lrs', checked_layer_lrs(self.layer_lrs))
         for name, names in (('augmentation', AUGMENTATIONS), ('precision', ('auto', 'no', 'fp16', 'bf16'))):
             if getattr(self, name) not in names:
-                raise ValueError(f'Config.{name} is {getattr(self, name)!r}; choose {", ".join(names)}.')
+                raise InputError(f'Config.{name} is {getattr(self, name)!r}; choose {", ".join(names)}.')
         if self.batch_size and self.effective_batch % self.batch_size:
-            raise ValueError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
+            raise InputError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
         if self.head_norm and self.batch_size == 1:
-            raise ValueError('Config.batch_size is 1; head_norm compares the images of a batch: give more.')
+            raise InputError('Config.batch_size is 1; head_norm compares the images of a batch: give more.')
         if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
-            raise ValueError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
+            raise InputError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
         if not isinstance(self.stages, (list, tuple)) or not all(isinstance(stage, dict) for stage in self.stages):
-            raise ValueError(f'Config.stages is {self.stages!r}; give a list of {{field: value}}.')
+            raise InputError(f'Config.stages is {self.stages!r}; give a list of {{field: value}}.')
         object.__setattr__(self, 'stages', tuple(self.stages))
         self.each_stage()
 
@@ -98,10 +99,10 @@ class Config:
         for number, stage in enumerate(self.stages, start=1):
             try:
                 if wrong := [name for name in stage if name in OF_ALL_STAGES]:
-                    raise ValueError(f'it cannot set {wrong[0]!r}, which all stages share.')
+                    raise InputError(f'it cannot set {wrong[0]!r}, which all stages share.')
                 configs.append(self.replace(stage | {'stages': ()}))
             except ValueError as error:
-                raise ValueError(f'Stage {number} of Config.stages: {error}') from None
+                raise InputError(f'Stage {number} of Config.stages: {error}') from None
         return configs or [self]
 
     def override(self, **choices):
@@ -112,7 +113,7 @@ class Config:
     def replace(self, values):
         """The same with other values {field: value}, None among them. An unknown name is an error."""
         if unknown := sorted(set(values) - set(vars(self))):
-            raise ValueError(f'Config has no field {unknown[0]!r}.{did_you_mean(unknown[0], vars(self))} Its fields are '
+            raise InputError(f'Config has no field {unknown[0]!r}.{did_you_mean(unknown[0], vars(self))} Its fields are '
                              f'{", ".join(vars(self))}.')
         return replace(self, **values)
 
@@ -121,7 +122,7 @@ class Config:
         if solution is None:
             return self
         if solution not in PUBLISHED:
-            raise ValueError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
+            raise InputError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
         return replace(self, **PUBLISHED[solution][tower])
 
     def save(self, path):
@@ -139,9 +140,9 @@ class Config:
         try:
             return cls.read(Path(path).read_text())
         except FileNotFoundError:
-            raise FileNotFoundError(f'There is no configuration {path}: check the path, or make this run first.') from None
+            raise MissingError(f'There is no configuration {path}: check the path, or make this run first.') from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f'{path} is not a configuration: {error}') from error
+            raise InputError(f'{path} is not a configuration: {error}') from error
 
     def _repr_html_(self, columns=3):
         """For a notebook: every field and its value."""
@@ -159,10 +160,10 @@ def check_field(name, kind, value):
         right = value is None and isinstance(None, kind) or not isinstance(value, bool) and isinstance(
             value, int if whole else (int, float)) and low <= value <= high
         if not right:
-            raise ValueError(f'Config.{name} is {value!r}; it must be a {"whole " * whole}number from {low} to {high}.')
+            raise InputError(f'Config.{name} is {value!r}; it must be a {"whole " * whole}number from {low} to {high}.')
     elif kind is not tuple and not isinstance(value, kind) or name == 'model_name' and not value:
         right = 'True or False' if isinstance(True, kind) else 'a text'
-        raise ValueError(f'Config.{name} is {value!r}; it must be {right}.')
+        raise InputError(f'Config.{name} is {value!r}; it must be {right}.')
 
 
 def checked_layer_lrs(pairs):
@@ -172,7 +173,7 @@ def checked_layer_lrs(pairs):
         ends, rates = zip(*checked)
         if list(ends) == sorted(set(ends)) and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates):
             return checked
-    raise ValueError(f'Config.layer_lrs is {pairs}; give (blocks below, lr) pairs with rising block numbers.')
+    raise InputError(f'Config.layer_lrs is {pairs}; give (blocks below, lr) pairs with rising block numbers.')
 
 
 def present_names(values):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from guie.errors import InputError, MissingError
 from guie.files import ATTACHED, attached_folders
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
@@ -93,8 +94,8 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED):
         root = os.path.abspath(root or os.path.dirname(path))
         frame = read_listing(root, Listing(os.path.basename(root), path, ('path',), 'label'))
     else:
-        raise FileNotFoundError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
-                                f'{", ".join(DATASETS)}.')
+        raise MissingError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
+                           f'{", ".join(DATASETS)}.')
     if frame['path'].duplicated().any():
         check_one_each(frame, 'path', 'label', name_or_path)
         print(f'{name_or_path}: {frame["path"].duplicated().sum():,} rows repeat an image and were dropped')
@@ -113,8 +114,8 @@ def find_root(name, layout, places):
     expected = f'images like {layout.example}' if isinstance(layout, ClassFolders) else (
         f'the columns {", ".join((*layout.images, layout.label))}')
     found = ' and '.join(map(contents_of, places))
-    raise FileNotFoundError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
-                            'give the folder of the data set as ROOT or root.')
+    raise MissingError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
+                       'give the folder of the data set as ROOT or root.')
 
 
 def contents_of(folder):
@@ -134,7 +135,7 @@ def read_folders(root, layout):
     found = below.str.extract(f'^/{layout.pattern}$').assign(path=root + below)
     frame = found.assign(domain=found.get('domain', layout.domain)).dropna()[['path', 'label', 'domain']]
     if frame.empty:
-        raise FileNotFoundError(f'Expected images like {layout.example}, found {contents_of(root)}.')
+        raise MissingError(f'Expected images like {layout.example}, found {contents_of(root)}.')
     return frame
 
 
@@ -143,18 +144,18 @@ def read_listing(root, layout):
     file = os.path.join(root, layout.telltale)
     table = read_table(file, layout)
     if missing := sorted({*layout.images, layout.label} - {*table}):
-        raise ValueError(f'{file} lacks the column {" and ".join(missing)}; it has {", ".join(table)}.')
+        raise InputError(f'{file} lacks the column {" and ".join(missing)}; it has {", ".join(table)}.')
     if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(f'{file} has rows with more fields than columns; quote texts that hold commas.')
+        raise InputError(f'{file} has rows with more fields than columns; quote texts that hold commas.')
     table['domain'] = table.get('domain', layout.domain)
     frame = pd.concat([table[[image, layout.label, 'domain']].set_axis(['path', 'label', 'domain'], axis=1)
                        for image in layout.images], ignore_index=True)
     empty = frame.isna().any(axis=1)
     if empty.any():
-        raise ValueError(f'{file}: {empty.sum():,} of {len(frame):,} rows lack a path, label or domain, the '
+        raise InputError(f'{file}: {empty.sum():,} of {len(frame):,} rows lack a path, label or domain, the '
                          f'first is row {empty.argmax() + 1} below the header; fill or delete them.')
     if frame.empty:
-        raise ValueError(f'{file} lists no image: there is no row below the header.')
+        raise InputError(f'{file} lists no image: there is no row below the header.')
     if layout.packed:
         frame = frame.assign(path=frame['path'].str.split()).explode('path', ignore_index=True)
     if layout.path:
@@ -176,7 +177,7 @@ def read_table(file, layout, nrows=None):
         except UnicodeDecodeError:
             return read(encoding='latin-1')  # what spreadsheets in Western Europe write
     except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f'{file} cannot be read as a table: {" ".join(str(error).split())}') from error
+        raise InputError(f'{file} cannot be read as a table: {" ".join(str(error).split())}') from error
 
 
 def locate(root, paths, folders, file):
@@ -194,11 +195,11 @@ def locate(root, paths, folders, file):
     if odd:
         full = paths.map(lambda path: os.path.normpath(os.path.join(base + '/', path)))
         if len(outside := full[~full.str.startswith(base + '/')]):
-            raise ValueError(f'{file}: {outside.iloc[0]} leaves the data root {base}; give the folder '
+            raise InputError(f'{file}: {outside.iloc[0]} leaves the data root {base}; give the folder '
                              'that holds all images as ROOT or root.')
     if len(lost) == len(sample):
-        raise FileNotFoundError(f'{file}: expected {full.iloc[0]}, found {contents_of(root)}; give the folder '
-                                'that the paths start from as ROOT or root.')
+        raise MissingError(f'{file}: expected {full.iloc[0]}, found {contents_of(root)}; give the folder '
+                           'that the paths start from as ROOT or root.')
     if lost:
         print(f'{file}: {len(lost)} of {len(sample)} images looked at do not exist, the first is {lost[0]}')
     return full
@@ -209,7 +210,7 @@ def check_one_each(frame, column, other, source):
     pairs = frame[[column, other]].drop_duplicates()
     twice = pairs[pairs.duplicated(column, keep=False)].sort_values([column, other])
     if len(twice):
-        raise ValueError(f'{source}: the {column} {twice[column].iloc[0]} has two {other}s, '
+        raise InputError(f'{source}: the {column} {twice[column].iloc[0]} has two {other}s, '
                          f'{twice[other].iloc[0]} and {twice[other].iloc[1]}; it can have one.')
 
 
@@ -217,5 +218,5 @@ def list_images(folder):
     """Every image below a folder, however it is arranged: DataFrame path, label (its folder's name), domain."""
     paths = sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}).')
+        raise MissingError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}).')
     return pd.DataFrame({'path': paths, 'label': [Path(path).parent.name for path in paths], 'domain': ''})

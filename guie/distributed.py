@@ -18,13 +18,10 @@ import psutil
 import torch
 from accelerate import PartialState
 
+from guie.errors import Diverged, FileError, InputError, MemoryFull, MissingError, ProcessError, Stopped
 
-class Stopped(Exception):
-    """A run ended before its last step, everything saved: run it again to resume."""
-
-
-ERRORS = {kind.__name__: kind for kind in (Stopped, ValueError, FileNotFoundError, OSError, MemoryError,
-                                           FloatingPointError, KeyboardInterrupt)}
+ERRORS = {kind.__name__: kind for kind in (Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError,
+                                           KeyboardInterrupt)}
 LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
 
 
@@ -35,7 +32,7 @@ def best_device():
     try:
         torch.ones(1, device='cuda').add_(1)
     except RuntimeError as error:
-        raise RuntimeError(f'PyTorch {torch.__version__} cannot use the {torch.cuda.get_device_name()} ({error}): choose '
+        raise ProcessError(f'PyTorch {torch.__version__} cannot use the {torch.cuda.get_device_name()} ({error}): choose '
                            f'another accelerator, on Kaggle "GPU T4 x2" instead of "GPU P100".') from error
     return torch.device('cuda')
 
@@ -161,14 +158,14 @@ def raise_launched_error(folder, returncode, complaints, processes):
         name, message = json.loads(file.read_text())
     lost = LOST.search(message)
     if name and not lost:
-        raise ERRORS.get(name, RuntimeError)(message)
+        raise ERRORS.get(name, ProcessError)(message)
     if lost or returncode and re.search(r'SIGKILL|exitcode *: -(6|9)', complaints):  # when one is killed, others may abort
-        raise RuntimeError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
+        raise ProcessError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
                            f'batch_size and run this cell again; a run resumes from its last state.')
     if returncode:
         lines = [line for line in complaints.splitlines() if line.strip() and 'Warning' not in line]
         told = [line for line in lines if re.match(r'(?!.*ChildFailed)([\w.]+(Error|Exception): |.* error: )', line)]
-        raise RuntimeError(f'{processes} processes could not be started or ended early: {(told or lines or [""])[0][-500:]}')
+        raise ProcessError(f'{processes} processes could not be started or ended early: {(told or lines or [""])[0][-500:]}')
 
 
 def report_error(folder, work):

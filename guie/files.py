@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from guie.errors import FileError, InputError
+
 ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount attached inputs
 
 
@@ -28,8 +30,8 @@ def whole_file(path):
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, 'strerror', None) or error
-        raise OSError(f'{path} could not be written ({reason}): free some space or choose another folder; what was there is '
-                      f'unchanged.') from error
+        raise FileError(f'{path} could not be written ({reason}): free some space or choose another folder; what was there '
+                        f'is unchanged.') from error
     finally:
         with suppress(OSError):  # as when the parent is a file
             beside.unlink()
@@ -57,9 +59,9 @@ def read_weights(path):
             held = torch.load(path if mapped else file, map_location='cpu', mmap=mapped, weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise almost anything
         if isinstance(error, pickle.UnpicklingError) and 'GLOBAL' in str(error):
-            raise ValueError(f'{path} holds Python objects, which could run code when loaded: '
+            raise InputError(f'{path} holds Python objects, which could run code when loaded: '
                              'ask for its state dict alone, or for safetensors.') from error
-        raise ValueError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
+        raise InputError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
                          'copy or download it again.') from error
     for nest in ('state_dict', 'model'):
         if isinstance(held, dict) and isinstance(held.get(nest), dict):

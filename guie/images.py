@@ -14,6 +14,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from guie.errors import FileError, InputError
+
 IMAGE_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some run other programs
 
 
@@ -28,11 +30,11 @@ def read_pixels(path, size, max_pixels=89_000_000):
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise OSError(f'{image.width} × {image.height} pixels are more than {max_pixels:,}')
+                raise FileError(f'{image.width} × {image.height} pixels are more than {max_pixels:,}')
             _, box = image.draft(None, (2 * size, 2 * size)) or (None, (0, 0, *image.size))
             return upright(squash(to_rgb(image), size, box), image)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        raise OSError(f'The image {path} cannot be read: {error}') from error
+        raise FileError(f'The image {path} cannot be read: {error}') from error
 
 
 def to_rgb(image):
@@ -124,7 +126,7 @@ def augmentation(name):
     The 4th place's augmentations with two differences: they run at the tower's size (theirs ran before the resize, at
     several times the cost), and cutout's hole lies inside the image (theirs could stick out)."""
     if name not in AUGMENTATIONS:
-        raise ValueError(f'Unknown augmentation {name!r}; there are {", ".join(AUGMENTATIONS)}.')
+        raise InputError(f'Unknown augmentation {name!r}; there are {", ".join(AUGMENTATIONS)}.')
     return v2.Compose([*AUGMENTATIONS[name](), v2.PILToTensor()])
 
 
@@ -172,10 +174,10 @@ class ImageDataset(Dataset):
             except OSError as error:
                 self.bad[source] = True
                 if self.bad.sum() > self.max_unreadable:
-                    raise OSError(f'More than {self.max_unreadable} images (max_unreadable) cannot be read; '
-                                  f'the last: {error}') from None
+                    raise FileError(f'More than {self.max_unreadable} images (max_unreadable) cannot be read; '
+                                    f'the last: {error}') from None
         if self.replace:
-            raise OSError(f'None of the {len(self):,} images can be read; the first is {self.paths[0]}.')
+            raise FileError(f'None of the {len(self):,} images can be read; the first is {self.paths[0]}.')
         return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), index
 
     def others(self, index):
@@ -203,7 +205,7 @@ def loader(dataset, batch_size, *, train=False, epoch=0, start=0, rank=0, proces
     `start` on (the samples that all processes have used of this epoch). `workers` None: up to 8 where there is a GPU or 8
     cores, else 0, since the tower then needs the cores itself."""
     if train and len(dataset) < batch_size:
-        raise ValueError(f'{len(dataset)} images do not fill a batch of {batch_size}; lower the batch size.')
+        raise InputError(f'{len(dataset)} images do not fill a batch of {batch_size}; lower the batch size.')
     cuda, cores = torch.cuda.is_available(), os.cpu_count() or 1
     if workers is None:
         workers = min(cores, 8) if cuda or cores >= 8 else 0

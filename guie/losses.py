@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from guie.errors import InputError
+
 
 def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
     """A margin a class, wider for rare ones: n^-power, scaled from its least to its greatest value onto low … low+width.
@@ -9,7 +11,7 @@ def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
     apart: all take the middle (the published code divides 0 by 0 there). Source: arXiv 2210.11141, sec. 3."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if len(counts) == 0 or counts.min() < 1:
-        raise ValueError('Every class needs at least one image to have a margin; drop the empty classes first.')
+        raise InputError('Every class needs at least one image to have a margin; drop the empty classes first.')
     rarity = counts ** -power
     spread = rarity.max() - rarity.min()
     share = (rarity - rarity.min()) / spread if spread > 0 else torch.full_like(rarity, .5)

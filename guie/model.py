@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from guie.errors import InputError
 from guie.towers import load_image_tower, resize_tower, tower_blocks
 
 
@@ -56,7 +57,7 @@ class Embedder(nn.Module):
         super().__init__()
         spec = spec or getattr(tower, 'spec', None)
         if spec is None:
-            raise ValueError('The tower does not say its image size, mean and std: pass spec=TowerSpec(…).')
+            raise InputError('The tower does not say its image size, mean and std: pass spec=TowerSpec(…).')
         self.tower, self.head, self.projection, self.spec = tower, head, projection, spec
         self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
@@ -101,7 +102,7 @@ def resize(model, side, overlap=0.0):
         same = stride == plan.get('stride', patch) and side == model.spec.image_size
         plan['stride'] = stride
     elif overlap:
-        raise ValueError(f"Config.overlap is {overlap}, but only patches of open_clip's own transformers can overlap, and "
+        raise InputError(f"Config.overlap is {overlap}, but only patches of open_clip's own transformers can overlap, and "
                          f'{model.spec.model_name} is none of them: set it to 0.')
     else:
         same = side == model.spec.image_size
@@ -118,7 +119,7 @@ def freeze(model, trains):
     blocks, depth = tower_blocks(model.tower)
     firsts = {'all': -1, 'tower': -1, 'head': depth + 1} | {f'last {n}': depth - n for n in range(1, depth + 1)}
     if trains not in firsts:
-        raise ValueError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
+        raise InputError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
     for name, parameter in model.tower.named_parameters():
         if blocks[name] < firsts[trains]:
             parameter.requires_grad_(False)

@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from guie.errors import InputError
+
 MAX_DIM = 64  # the competition's limit
 
 
@@ -20,7 +22,7 @@ class Projection:
         """(n, d) -> float32 (n, dim), the arithmetic of `linear`."""
         embeddings = np.asarray(embeddings, dtype=np.float32)
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.mean):
-            raise ValueError(f'this projection takes (n, {len(self.mean)}) vectors, not {embeddings.shape}: '
+            raise InputError(f'this projection takes (n, {len(self.mean)}) vectors, not {embeddings.shape}: '
                              'give it embeddings of the model it was fitted on')
         bias = (self.components @ self.mean).astype(np.float32)
         return embeddings @ self.components.T.astype(np.float32) - bias
@@ -47,7 +49,7 @@ def concatenate(embeddings_list):
     """Models' embeddings (n, d_i) of the same images, L2-normalised and then side by side: (n, Σ d_i)."""
     counts = [len(embeddings) for embeddings in embeddings_list]
     if len(set(counts)) != 1:
-        raise ValueError(f'the models embedded {counts} images: give embeddings of the same images')
+        raise InputError(f'the models embedded {counts} images: give embeddings of the same images')
     return np.concatenate([l2_normalise(embeddings) for embeddings in embeddings_list], axis=1)
 
 
@@ -62,10 +64,10 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
 
     rows = np.asarray(embeddings)
     if rows.ndim != 2:
-        raise ValueError(f'PCA takes a table (n, d) of embeddings, not {rows.shape}: stack them')
+        raise InputError(f'PCA takes a table (n, d) of embeddings, not {rows.shape}: stack them')
     check_dim(dim, rows.shape[1], len(rows))
     if not (finite := np.isfinite(rows).all(1)).all():
-        raise ValueError(f'embedding {finite.argmin()} holds NaN or infinite values: leave it out or embed it again')
+        raise InputError(f'embedding {finite.argmin()} holds NaN or infinite values: leave it out or embed it again')
     first = rows[0].astype(np.float64)
     rows = np.subtract(rows, first, dtype=np.float64)  # equal rows become 0, and a mean far above the spread costs no digits
     mean = rows.mean(0)
@@ -75,7 +77,7 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     variance, share = pca.explained_variance_.clip(min=0), np.nan_to_num(pca.explained_variance_ratio_)
     varied = int((share > 1e-7).sum())  # float32 embeddings leave about 1e-8 of noise
     if varied < (dim if whiten else 1):
-        raise ValueError(f'the embeddings vary in {varied} directions only: ask for no more, or do not whiten')
+        raise InputError(f'the embeddings vary in {varied} directions only: ask for no more, or do not whiten')
     scale = variance[:, None] ** (-whiten / 2) if whiten else 1
     return Projection(first + mean, pca.components_ * scale, pca.explained_variance_ratio_)
 
@@ -83,7 +85,7 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
 def weighted(rows, weights):
     """(rows whose plain PCA is the weighted PCA of `rows`: each times the root of its weight, and its opposite; mean)."""
     if weights.shape != (len(rows),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise ValueError(f'weights must be {len(rows)} finite numbers >= 0, one a row, and not all zero')
+        raise InputError(f'weights must be {len(rows)} finite numbers >= 0, one a row, and not all zero')
     mean = np.average(rows, axis=0, weights=weights)
     half = (rows - mean) * np.sqrt(weights / weights.mean())[:, None]
     return np.concatenate([half, -half]), mean
@@ -102,7 +104,7 @@ def check_dim(dim, d, n=np.inf):
                          (d, f'the embeddings have {d} columns'),
                          (n - 1, f'{n} embeddings span at most {n - 1} directions')):
         if not 1 <= dim <= most:
-            raise ValueError(f'dim is {dim}, but {reason}: ask for 1 to {most}')
+            raise InputError(f'dim is {dim}, but {reason}: ask for 1 to {most}')
 
 
 def project(vectors, dim=64, projection=None, split=''):

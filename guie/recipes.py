@@ -7,6 +7,7 @@ from pathlib import Path
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import different_fields
 from guie.distributed import launch, processes_here
+from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders
 from guie.training import run_job, write_job
 
@@ -40,7 +41,7 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
 def follow_recipe(config, recipe):
     """The configuration, changed as one of RECIPES says; None changes nothing."""
     if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.')
+        raise InputError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.')
     return config if recipe is None else replace(config, **RECIPES[recipe](config))
 
 
@@ -76,7 +77,7 @@ def finished_stage(folder, config, search):
     for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
         if (place / 'stage.safetensors').exists():
             if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
-                raise ValueError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
+                raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
                                  f'another name, or delete that folder.')
             print(f'{folder.name}: done, in {place}')
             return place / 'stage.safetensors'

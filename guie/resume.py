@@ -17,6 +17,7 @@ from torch import nn
 
 from guie.config import Config, different_fields
 from guie.distributed import any_process
+from guie.errors import FileError, InputError, ProcessError
 from guie.files import ATTACHED, attached_folders, write_text
 
 BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
@@ -63,11 +64,11 @@ def run_lock(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise RuntimeError(f'Another run is writing into {run_dir}: wait for it, or give this one another name.') from None
+        raise ProcessError(f'Another run is writing into {run_dir}: wait for it, or give this one another name.') from None
     except NotImplementedError:  # filelock's word for a disk without locks
         print(f'{run_dir} is on a disk without locks: do not start a second run of this name.')
     except OSError as error:
-        raise OSError(f'{run_dir} cannot be written ({error.strerror}): choose another OUT_DIR.') from error
+        raise FileError(f'{run_dir} cannot be written ({error.strerror}): choose another OUT_DIR.') from error
     with lock if lock.is_locked else nullcontext():
         yield
 
@@ -116,7 +117,7 @@ def save_checkpoint(run, required=False):
             sentence = (f'{beside.parent}: the state after step {run.progress.step} could not be saved ({reason}); the one '
                         f'before is unchanged. Free some space or choose another OUT_DIR.')
             if required:
-                raise OSError(sentence) from problem
+                raise FileError(sentence) from problem
             return run.accelerator.print(sentence)
     run.saved = run.progress.step, time.time()
 
@@ -131,7 +132,7 @@ def read_position(state):
     position = json.loads((state / 'position.json').read_text())
     for name, size in position['files'].items():
         if (state / name).stat().st_size != size:
-            raise OSError(f'{name} is truncated')
+            raise FileError(f'{name} is truncated')
     return position
 
 
@@ -171,7 +172,7 @@ def restore_state(run):
     """Loads the newest state that loads; True if there was one. A state of another configuration or data is an error."""
     saved, states, data = run.folder / 'config.json', saved_states(run.folder / 'state'), run.progress.data
     if states and saved.exists() and (difference := different_fields(Config.load(saved), run.config)):
-        raise ValueError(f'{run.folder} holds a run with another configuration ({", ".join(difference)}): give this '
+        raise InputError(f'{run.folder} holds a run with another configuration ({", ".join(difference)}): give this '
                          f'run another name, or delete that folder.')
     for state in states:
         problem = None
@@ -189,14 +190,14 @@ def restore_state(run):
         if not any_process(run.accelerator, problem is not None)[0]:
             vars(run.progress).update(position['progress'])
             if run.progress.data != data:
-                raise ValueError(f'{run.folder} holds a run on other images (hash {run.progress.data}, now {data}): '
+                raise InputError(f'{run.folder} holds a run on other images (hash {run.progress.data}, now {data}): '
                                  f'give this run another name, or delete that folder.')
             run.saved = run.progress.step, time.time()
             print_resumed(run, state)
             return True
         run.accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
     if states:  # parts of them may be in the model already
-        raise ValueError(f'None of the states in {run.folder / "state"} can be read: delete this folder to start anew.')
+        raise InputError(f'None of the states in {run.folder / "state"} can be read: delete this folder to start anew.')
     return False
 
 
@@ -236,6 +237,6 @@ def copy_attached_state(run_dir, config, search=ATTACHED):
             shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
             (folder / 'unfinished').replace(folder / state.name)
         except OSError as error:
-            raise OSError(f'{state} could not be copied into {folder} ({error}): free some space or choose another '
-                          f'OUT_DIR.') from error
+            raise FileError(f'{state} could not be copied into {folder} ({error}): free some space or choose another '
+                            f'OUT_DIR.') from error
         return print(f'{run_dir.name}: {state} was copied here')

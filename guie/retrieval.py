@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from guie.errors import InputError
 from guie.files import write_text
 from guie.projection import fit_pca, project
 
@@ -19,14 +20,14 @@ def nearest_neighbours(query, index, k, *, exclude=None, chunk=8192, device=None
     `query` lies. ValueError: shapes that do not fit, k out of range, NaN or infinite rows (the first is named)."""
     query, index = (x if isinstance(x, torch.Tensor) else np.asarray(x) for x in (query, index))
     if query.ndim != 2 or index.ndim != 2 or query.shape[1] != index.shape[1] or 0 in query.shape:
-        raise ValueError(f'query {tuple(query.shape)} and index {tuple(index.shape)} must be (q > 0, d) and '
+        raise InputError(f'query {tuple(query.shape)} and index {tuple(index.shape)} must be (q > 0, d) and '
                          '(n, d): embed both with the same model')
     most = len(index) - (exclude is not None)
     if not 1 <= k <= most:
-        raise ValueError(f'k is {k}, but each query has {most} index rows to find: ask for 1 to {most}')
+        raise InputError(f'k is {k}, but each query has {most} index rows to find: ask for 1 to {most}')
     exclude = torch.full((len(query),), -1) if exclude is None else torch.as_tensor(exclude).cpu().long()
     if exclude.shape != (len(query),):
-        raise ValueError(f'exclude has shape {tuple(exclude.shape)}: give one index row for each query')
+        raise InputError(f'exclude has shape {tuple(exclude.shape)}: give one index row for each query')
     query = rows_of(query, slice(0, None), 'query')
     device = torch.device(device or query.device)
     found = [search(queries.to(device).double(), index, k, excluded.to(device), chunk)
@@ -96,7 +97,7 @@ def rows_of(vectors, which, side=None):
     if not isinstance(rows, torch.Tensor):
         rows = torch.from_numpy(np.require(rows, requirements='CW'))
     if side and (bad := ~(rows.abs().amax(1).double() < 1e150)).any():  # larger squares overflow
-        raise ValueError(f'{side} vector {which.start + int(bad.nonzero()[0])} holds NaN or infinite values: '
+        raise InputError(f'{side} vector {which.start + int(bad.nonzero()[0])} holds NaN or infinite values: '
                          'leave it out or embed it again')
     return rows
 
@@ -109,14 +110,14 @@ def precision_at_5(query, query_labels, index, index_labels, exclude_self=False)
     image."""
     sizes = len(query), len(query_labels), len(index), len(index_labels)
     if sizes[0] != sizes[1] or sizes[2] != sizes[3] or (exclude_self and sizes[0] != sizes[2]):
-        raise ValueError('{} queries with {} labels, {} index vectors with {} labels: give one label a vector'
+        raise InputError('{} queries with {} labels, {} index vectors with {} labels: give one label a vector'
                          ' and, with exclude_self, the same images twice'.format(*sizes))
     query_codes, index_codes = np.split(codes(query_labels, index_labels), sizes[:1])
     relevant = np.bincount(index_codes, minlength=query_codes.max(initial=0) + 1)[query_codes]
     itself = np.arange(len(query)) if exclude_self else None
     relevant = relevant - (query_codes == index_codes) if exclude_self else relevant
     if not relevant.any():
-        raise ValueError('no query has an image of its object in the index: do both use the same labels?')
+        raise InputError('no query has an image of its object in the index: do both use the same labels?')
     judged = np.minimum(relevant, 5)
     _, neighbours = nearest_neighbours(query, index, int(judged.max()), exclude=itself)
     hits = (index_codes[neighbours] == query_codes[:, None]) & (np.arange(judged.max()) < judged[:, None])
@@ -137,7 +138,7 @@ def paired_bootstrap(first, second, groups, n=2000, seed=0):
     replacement, since images of one object succeed or fail together."""
     gain = np.asarray(second) - np.asarray(first)
     if gain.shape != (len(groups),):
-        raise ValueError(f'{len(gain)} queries but {len(groups)} groups: give one group a query')
+        raise InputError(f'{len(gain)} queries but {len(groups)} groups: give one group a query')
     judged = ~np.isnan(gain)
     groups = codes(codes(groups)[judged])
     sums, counts = np.bincount(groups, gain[judged]), np.bincount(groups)

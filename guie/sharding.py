@@ -3,6 +3,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
+from guie.errors import FileError
 from guie.towers import BLOCK
 
 
@@ -49,4 +50,4 @@ def call(function, state, folder):
     try:
         function(state, checkpoint_id=str(folder))
     except checkpoint.CheckpointException as error:  # no Exception in torch
-        raise OSError(str(error).strip().splitlines()[-1]) from error
+        raise FileError(str(error).strip().splitlines()[-1]) from error

@@ -10,6 +10,7 @@ import torch
 
 from guie.checkpoints import Checkpoint, load_run, open_checkpoint, save_state
 from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
+from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5, score_table
 from guie.splits import Splits, sample_classes
@@ -27,7 +28,7 @@ def average_states(paths, weights=None):
     ingredients = open_ingredients(paths)
     weights = np.ones(len(ingredients)) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (len(ingredients),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
-        raise ValueError(f'{len(ingredients)} checkpoints need as many weights, none negative and not all 0, '
+        raise InputError(f'{len(ingredients)} checkpoints need as many weights, none negative and not all 0, '
                          f'unlike {weights.tolist()}.')
     return average(ingredients, weights)
 
@@ -36,11 +37,11 @@ def open_ingredients(paths):
     """Checkpoints that can be averaged, or the error that says why not."""
     ingredients = [open_checkpoint(path) for path in paths]
     if not ingredients:
-        raise ValueError('A soup needs ingredients: give the path of at least one checkpoint.')
+        raise InputError('A soup needs ingredients: give the path of at least one checkpoint.')
     first = ingredients[0]
     for other in ingredients[1:]:
         if differences := differences_of(first, other):
-            raise ValueError(f'{other.path} cannot be averaged with {first.path}: {differences}. Ingredients '
+            raise InputError(f'{other.path} cannot be averaged with {first.path}: {differences}. Ingredients '
                              'share one architecture, classes and preprocessing: leave it out.')
     if len({ingredient.path.resolve() for ingredient in ingredients}) < len(ingredients):
         print('One checkpoint is given more than once and counts as often.')
@@ -99,7 +100,7 @@ def mean_tensor(name, terms, chunk=1 << 18):
         finite = finite and bool(total.sum().isfinite())
     if not finite:
         sick = [str(state.path) for state, _ in terms if not torch.isfinite(state[name]).all()]
-        raise ValueError(f'{name} is not finite in {", ".join(sick)}: training diverged, leave it out.')
+        raise InputError(f'{name} is not finite in {", ".join(sick)}: training diverged, leave it out.')
     return mean
 
 
@@ -109,7 +110,7 @@ def interpolate_states(zero_shot, fine_tuned, alpha):
     {name: tensor}. What fine_tuned alone has (the head) is taken from it. ValueError for alpha outside 0..1, and where
     fine_tuned lacks or contradicts what zero_shot has."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f'alpha goes from 0 (zero-shot) to 1 (fine-tuned): {alpha} is outside.')
+        raise InputError(f'alpha goes from 0 (zero-shot) to 1 (fine-tuned): {alpha} is outside.')
     zero_shot, fine_tuned = as_state(zero_shot), as_state(fine_tuned)
     tower = part_like(zero_shot, fine_tuned)
     head = {name: tensor for name, tensor in fine_tuned.items() if name not in tower}
@@ -128,7 +129,7 @@ def part_like(base, state):
     """Those tensors of a fine-tuned state that its base has too; all of the base must be there."""
     part = Checkpoint({name: state[name] for name in base if name in state}, state.metadata, state.path, state.name)
     if differences := differences_of(base, part):
-        raise ValueError(f'{state.path} was not fine-tuned from {base.path}: {differences}. '
+        raise InputError(f'{state.path} was not fine-tuned from {base.path}: {differences}. '
                          "Give the pretrained tower of this run, with 'tower.' before its names.")
     return part
 
@@ -156,7 +157,7 @@ def score_of(score, states, weights):
     """Score of a weighted average; ValueError if it is NaN."""
     value = float(score(average(states, weights)))
     if np.isnan(value):
-        raise ValueError(f'The score of {" + ".join(str(state.path) for state in states)} is NaN: '
+        raise InputError(f'The score of {" + ".join(str(state.path) for state in states)} is NaN: '
                          'evaluate each by itself to see whether it or the data is broken.')
     return value
 
@@ -189,7 +190,7 @@ def save_soup(state, run_dir, ingredients, method, **facts):
     """Writes averaged weights as a run of its own: model.safetensors with its ingredients' hashes, and config.json."""
     checkpoints = [open_checkpoint(ingredient) for ingredient in ingredients]
     if 'config' not in checkpoints[0].metadata:
-        raise ValueError(f'{checkpoints[0].path} does not say how it is built: give the checkpoint that find_ingredients '
+        raise InputError(f'{checkpoints[0].path} does not say how it is built: give the checkpoint that find_ingredients '
                          f'made of it.')
     config = checkpoints[0].config
     metadata = soup_metadata(checkpoints, method, config=asdict(config), **facts)

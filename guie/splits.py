@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from guie.datasets import check_one_each, read_dataset
+from guie.errors import InputError
 from guie.files import whole_file
 
 
@@ -27,7 +28,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
         chosen.append(part.iloc[rng.permutation(len(part))].groupby('label').head(max_images).sort_index())
     selection = pd.concat(chosen or [frame], ignore_index=True)
     if selection.empty:
-        raise ValueError(f'No class has {min_images} images; lower min_images or draw more classes.')
+        raise InputError(f'No class has {min_images} images; lower min_images or draw more classes.')
     classes = selection.groupby('domain')['label'].nunique()
     parts = ', '.join(f'{count:,} {domain}' for domain, count in classes.items())
     print(f'{len(selection):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(selection)}')
@@ -38,7 +39,7 @@ def split_by_class(frame, fraction, seed=5):
     """Two tables without a common label: (the rest, about `fraction` of the labels), neither empty."""
     labels = np.sort(frame['label'].unique())
     if len(labels) < 2 or not 0 < fraction < 1:
-        raise ValueError(f'A split needs 2 labels and a fraction in 0…1, got {len(labels)} and {fraction}.')
+        raise InputError(f'A split needs 2 labels and a fraction in 0…1, got {len(labels)} and {fraction}.')
     count = min(max(round(len(labels) * fraction), 1), len(labels) - 1)
     held = frame['label'].isin(labels[np.random.default_rng(seed).permutation(len(labels))[:count]])
     return frame[~held].reset_index(drop=True), frame[held].reset_index(drop=True)
@@ -93,7 +94,7 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
     for names, pair in ((('query', 'index'), (query, index)),
                         (('selection_query', 'selection_index'), selection or (None, None))):
         if (pair[0] is None) != (pair[1] is None):
-            raise ValueError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
+            raise InputError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
         if pair[0] is None:
             share = min(held_out, most_held_out / max(1, frame['label'].nunique()))
             frame, held = split_by_class(frame, share, seed=config.data_seed)

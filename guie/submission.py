@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import PILToTensor
 
 from guie.checkpoints import load_run
+from guie.errors import FileError, InputError, MissingError
 from guie.files import progress_bar, whole_file
 from guie.images import read_image
 from guie.model import Embedder
@@ -123,7 +124,7 @@ def check_vector(vector):
         wrong = f'is {vector.dtype} of length {vector.norm():.3g}, not float32 of length 1'
     else:
         return
-    raise ValueError(f'The host cannot use this model: its output for one random image {wrong}.')
+    raise InputError(f'The host cannot use this model: its output for one random image {wrong}.')
 
 
 def check_operators(block, host):
@@ -134,7 +135,7 @@ def check_operators(block, host):
         syntax = node.schema() == '(no schema)' and node.kind().startswith('prim::')  # such as a constant or a list
         if not syntax and not any(accepts(arguments, node) for arguments in host.get(node.kind(), ())):
             layer = node.scopeName().rpartition('/')[2].removeprefix('__module.') or 'the model itself'
-            raise ValueError(f'PyTorch 1.11 has no operator {node.kind().partition("::")[2]}, which {layer} uses: build '
+            raise InputError(f'PyTorch 1.11 has no operator {node.kind().partition("::")[2]}, which {layer} uses: build '
                              f'that layer from plain operators, or choose another tower.')
         for inner in node.blocks():
             check_operators(inner, host)
@@ -168,7 +169,7 @@ def check_difference(model, file, tolerance=1e-5):
         image = torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator)
         worst = max(worst, (loaded(image) - model(image)).abs().max().item())
     if not worst <= tolerance:
-        raise ValueError(f'The exported file differs from the model by {worst:.1g}, more than {tolerance:g}: '
+        raise InputError(f'The exported file differs from the model by {worst:.1g}, more than {tolerance:g}: '
                          'its forward decides by values or sizes, which a trace freezes.')
     return worst
 
@@ -179,7 +180,7 @@ def save_traced(model, file):
     try:
         vector = model(example)
     except RuntimeError as error:
-        raise ValueError(f'The host cannot use this model: a uint8 image {tuple(example.shape)} stops it with '
+        raise InputError(f'The host cannot use this model: a uint8 image {tuple(example.shape)} stops it with '
                          f'"{str(error).strip().splitlines()[-1]}".') from error
     check_vector(vector)
     with PlainOperators():
@@ -188,11 +189,11 @@ def save_traced(model, file):
     try:
         torch.jit.save(traced, file)
     except RuntimeError as error:  # how torch says that a disk is full
-        raise OSError(str(error).splitlines()[0]) from error
+        raise FileError(str(error).splitlines()[0]) from error
     with zipfile.ZipFile(file) as archive:
         version = int(next(archive.read(name) for name in archive.namelist() if name.endswith('/version')))
     if version > HOST_ARCHIVE:
-        raise ValueError(f'The file has version {version} and PyTorch 1.11 reads up to {HOST_ARCHIVE}: an '
+        raise InputError(f'The file has version {version} and PyTorch 1.11 reads up to {HOST_ARCHIVE}: an '
                          'operator of the model has changed since.')
     return vector.shape[1], check_difference(model, file)
 
@@ -224,14 +225,14 @@ def export_submission(model, path, *, reference=None):
 def load_submission(zip_path):
     """The module in a submission. FileNotFoundError; ValueError for a file that is none."""
     if not Path(zip_path).is_file():
-        raise FileNotFoundError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
+        raise MissingError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
     try:
         with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, \
                 warnings.catch_warnings():
             warnings.simplefilter('ignore')  # as in export_submission
             return torch.jit.load(archive.extract('saved_model.pt', folder)).eval()
     except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
-        raise ValueError(f'{zip_path} is not a submission: it must be a zip with a TorchScript file '
+        raise InputError(f'{zip_path} is not a submission: it must be a zip with a TorchScript file '
                          'saved_model.pt at its root, as export_submission writes it.') from error
 
 
@@ -241,7 +242,7 @@ def host_vector(model, zip_path, path):
         with Image.open(path) as image:
             pixels = PILToTensor()(image.convert('RGB'))
     except Exception as error:  # decoders raise anything
-        raise OSError(f'{path} is not a readable image ({error}): leave it out of the table.') from error
+        raise FileError(f'{path} is not a readable image ({error}): leave it out of the table.') from error
     try:
         output, wrong = model(pixels[None]), ''
     except RuntimeError as error:
@@ -252,7 +253,7 @@ def host_vector(model, zip_path, path):
     elif not wrong and not output.isfinite().all():
         wrong = 'returns NaN or infinite values'
     if wrong:
-        raise ValueError(f'{zip_path} {wrong} for the image {path}; the host takes one row of at most {MAX_DIM} finite '
+        raise InputError(f'{zip_path} {wrong} for the image {path}; the host takes one row of at most {MAX_DIM} finite '
                          f'numbers for each: export the model again.')
     return output.flatten().numpy()
 
@@ -267,7 +268,7 @@ def evaluate_submission(zip_path, query_frame, index_frame):
         vectors = [host_vector(model, zip_path, path) for path in progress_bar(paths, 'replay', unit=' images')]
     rate = len(paths) / (time.perf_counter() - start)
     if len({len(vector) for vector in vectors}) > 1:
-        raise ValueError(f'{zip_path} gives vectors of different lengths for different images: export the model again.')
+        raise InputError(f'{zip_path} gives vectors of different lengths for different images: export the model again.')
     hours, vectors = HOST_IMAGES / rate / 3600, np.stack(vectors)
     print(f'{rate:.1f} images/s one by one on this machine: {hours:.1f} h for the host\'s {HOST_IMAGES:,}, of the '
           f'{HOST_HOURS} h allowed.')

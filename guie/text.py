@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from guie.distributed import best_device
+from guie.errors import InputError
 from guie.files import progress_bar
 from guie.projection import l2_normalise
 from guie.towers import load_open_clip
@@ -76,9 +77,9 @@ def read_vocabulary(source, weights=None):
         frame = pd.DataFrame([(kind, ' '.join(name.split())) for kind, names in kinds.items() for name in names],
                              columns=['kind', 'name'])
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f'{source} is not a vocabulary, a JSON object of kinds with lists of names: {error}.') from None
+        raise InputError(f'{source} is not a vocabulary, a JSON object of kinds with lists of names: {error}.') from None
     if unknown := sorted(set(weights or {}) - set(frame['kind'])):
-        raise ValueError(f'The vocabulary has no kind {unknown[0]!r} to weigh; its kinds are '
+        raise InputError(f'The vocabulary has no kind {unknown[0]!r} to weigh; its kinds are '
                          f'{", ".join(pd.unique(frame["kind"]))}.')
     frame['weight'] = frame['kind'].map(weights or {}).fillna(1).astype(np.float64)
     blank, again = frame['name'] == '', frame['name'].str.lower().duplicated()
@@ -91,6 +92,6 @@ def text_vectors(encode, names, templates=None):
     """Mean over the templates (None: TEMPLATES) of each name's unit text vector, again of length 1: float32 (n, d)."""
     names, templates = list(names), TEMPLATES if templates is None else templates
     if wrong := [template for template in templates if '{}' not in template]:
-        raise ValueError(f'The template {wrong[0]!r} has no {{}} for the name.')
+        raise InputError(f'The template {wrong[0]!r} has no {{}} for the name.')
     texts = [[template.format(name) for name in names] for template in templates]
     return l2_normalise(sum(l2_normalise(encode(one)) for one in texts))

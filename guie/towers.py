@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from guie.errors import InputError
 from guie.files import did_you_mean, read_weights
 
 BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
@@ -40,7 +41,7 @@ def weights_source(model_name, pretrained):
     """(what open_clip is to load, tag's facts) for a built-in name: a tag, a file, or 'tag@file' (a file that keeps the
     tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
     if model_name not in open_clip.list_models():
-        raise ValueError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
+        raise InputError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     tag, _, file = pretrained.partition('@') if '@' in pretrained else (pretrained, '', '')
     if pretrained == 'random':
@@ -51,12 +52,12 @@ def weights_source(model_name, pretrained):
         return tag, open_clip.get_pretrained_cfg(model_name, tag)
     path = file or pretrained
     if not Path(path).is_file() or (file and tag not in tags):
-        raise ValueError(f'{pretrained!r} is neither a weights file nor a tag of {model_name}; its tags are '
+        raise InputError(f'{pretrained!r} is neither a weights file nor a tag of {model_name}; its tags are '
                          f'{", ".join(tags)} (or "tag@file" for a file downloaded earlier).')
     facts = [open_clip.get_pretrained_cfg(model_name, known) for known in ([tag] if file else tags)]
     if any((f.get('mean'), f.get('std'), f.get('quick_gelu')) !=
            (facts[0].get('mean'), facts[0].get('std'), facts[0].get('quick_gelu')) for f in facts):
-        raise ValueError(f'{path} does not say how its images were normalised, and the weights of {model_name} '
+        raise InputError(f'{path} does not say how its images were normalised, and the weights of {model_name} '
                          f'differ in that: write "tag@{path}" with one of {", ".join(tags)}.')
     return path, facts[0] if facts else {}
 
@@ -101,7 +102,7 @@ def load_open_clip(model_name, pretrained, image_size=None):
             nn.init.xavier_uniform_(block.attn.in_proj_weight)  # as in the default blocks; open_clip draws these too wide
         return model
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
+        raise InputError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
                          f'{str(error).strip().splitlines()[0]}') from error
 
 
@@ -131,15 +132,15 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     """A plain timm model without its classifier; see load_image_tower."""
     name = model_name.removeprefix('timm:')
     if name.split('.')[0] not in timm.list_models():
-        raise ValueError(f'timm has no model {name!r}.{did_you_mean(name, timm.list_models())}')
+        raise InputError(f'timm has no model {name!r}.{did_you_mean(name, timm.list_models())}')
     file = Path(pretrained) if pretrained and pretrained != 'random' else None
     if file and not file.is_file():
-        raise ValueError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
+        raise InputError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
     options = {'num_classes': 0}
     try:
         tower = timm.create_model(name, pretrained=not pretrained, **options)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f'The weights of timm:{name} could not be downloaded ({str(error).splitlines()[0]}): turn the '
+        raise InputError(f'The weights of timm:{name} could not be downloaded ({str(error).splitlines()[0]}): turn the '
                          f'internet on, or give a weights file as pretrained.') from None
     facts = timm.data.resolve_model_data_config(tower)
     size = image_size or facts['input_size'][-1]
@@ -163,7 +164,7 @@ def load_strictly(module, state, source):
              for name in sorted(set(own) | set(state))
              if name not in own or name not in state or own[name].shape != state[name].shape]
     if wrong:
-        raise ValueError(f'{source} does not fit the model in {len(wrong)} of {len(own)} tensors, first '
+        raise InputError(f'{source} does not fit the model in {len(wrong)} of {len(own)} tensors, first '
                          f'{"; ".join(wrong[:3])}: it belongs to another architecture, image size or class list.')
     module.load_state_dict(state)
 
@@ -185,7 +186,7 @@ def build_tower(spec):
     elif plan.get('library') == 'open_clip':
         tower = open_clip.CLIP(plan['embed_dim'], packed(plan['vision_cfg']), NO_TEXT, quick_gelu=plan['quick_gelu']).visual
     else:
-        raise ValueError(f'{spec.model_name} cannot be rebuilt from its checkpoint alone; pass its tower along.')
+        raise InputError(f'{spec.model_name} cannot be rebuilt from its checkpoint alone; pass its tower along.')
     resize_tower(tower, spec.image_size, plan.get('stride'))
     tower.spec = spec
     return tower

@@ -1,6 +1,7 @@
 """Training: the loop, readable from top to bottom; `accelerate launch -m guie.training RUN_DIR` runs it on several GPUs."""
 import json
 import math
+import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ from accelerate.utils import gather_object
 
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
-from guie.distributed import Stopped, any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
+from guie.distributed import any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
 from guie.embedding import selection_score
+from guie.errors import Diverged, FileError, InputError, MemoryFull, Stopped
 from guie.files import ATTACHED, progress_bar, state_hash, write_text
 from guie.images import ImageDataset, loader
 from guie.losses import adaptive_margins, arcface_loss
@@ -39,7 +41,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     started = started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
-        raise ValueError(f'The head must have {len(labels)} classes, as many as the images have labels.')
+        raise InputError(f'The head must have {len(labels)} classes, as many as the images have labels.')
     accelerator = Accelerator(mixed_precision='no', cpu=best_device().type == 'cpu', step_scheduler_with_optimizer=False,
                               kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     config = fitted(config, model, accelerator.num_processes)
@@ -48,7 +50,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     images = together * accumulate  # of one step
     steps = config.epochs * (len(train) // images)
     if config.epochs and not steps:
-        raise ValueError(f'{len(train)} images do not fill one step of {images}; lower effective_batch or take more images.')
+        raise InputError(f'{len(train)} images do not fill one step of {images}; lower effective_batch or take more images.')
     dataset = ImageDataset(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
                            replace=True, max_unreadable=config.max_unreadable)
     progress = Progress(epoch=epoch, data=selection_hash(train))
@@ -153,7 +155,7 @@ def note_skipped(run, batches, dataset):
         with file.open('a') as lines:
             lines.writelines(f'step {progress.step + 1}\t{dataset.paths[index]}\n' for index in indices)
     if progress.skipped > config.max_skipped:
-        raise FloatingPointError(
+        raise Diverged(
             f'The loss or its gradient was not finite in {progress.skipped} steps (max_skipped is {config.max_skipped}): '
             f'look at the images named in {file}, lower head_lr or layer_lrs, or set precision="no"; the last saved state '
             f'is untouched.')
@@ -223,7 +225,7 @@ def readable_errors(run, dataset):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MemoryError(
+        raise MemoryFull(
             f'{name}: the GPU ran out of memory at batch_size {run.config.batch_size}: halve it (the step stays the same, '
             f'more batches are accumulated) and run it again; it resumes from its last state.') from error
     except RuntimeError as error:
@@ -233,7 +235,7 @@ def readable_errors(run, dataset):
                       f'lower (0 loads in the notebook itself) and run it again: it resumes from its last state.') from None
     except OSError as error:  # a worker's comes with its traceback inside
         write_unreadable(run, dataset.unreadable)
-        raise OSError(str(error).strip().splitlines()[-1].removeprefix('OSError: ')) from error
+        raise FileError(re.sub(r'^[\w.]+: ', '', str(error).strip().splitlines()[-1])) from error
 
 
 def write_unreadable(run, found):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from guie import training
-from guie.distributed import Stopped, rank_and_world_size, report_error
+from guie.distributed import rank_and_world_size, report_error
 from guie.embedding import selection_score
+from guie.errors import Stopped
 from guie.sharding import is_sharded
 from guie.splits import Splits
 from tests.runs import CONFIG, HALF, SAVING, new_model, one_step, watch_half, without_dropout

@@ -206,7 +206,7 @@ LOST = '["RuntimeError", "RuntimeError: [pair.cc:561] Connection closed by peer 
 
 
 @pytest.mark.parametrize('left, complaints, kind, words', [
-    ('["MemoryError", "The GPU is full."]', FAILED.format('1'), MemoryError, 'The GPU is full.'),
+    ('["MemoryFull", "The GPU is full."]', FAILED.format('1'), MemoryError, 'The GPU is full.'),
     ('["RuntimeError", "KeyError: 5"]', FAILED.format('1'), RuntimeError, 'KeyError: 5'),
     ('', FAILED.format('-9'), RuntimeError, 'One of 2 processes was killed'),
     (LOST, FAILED.format('-11'), RuntimeError, 'One of 2 processes was killed'),  # the reason, and not what it led to

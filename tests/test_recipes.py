@@ -11,8 +11,9 @@ import demo
 from guie import recipes, training
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import Config
-from guie.distributed import Stopped, launch
+from guie.distributed import launch
 from guie.embedding import embed
+from guie.errors import Stopped
 from guie.losses import adaptive_margins
 from guie.recipes import RECIPES, follow_recipe
 from guie.resume import read_position, saved_states

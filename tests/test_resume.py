@@ -34,7 +34,7 @@ from test_training import broken
 from guie import checkpoints, resume, training
 from guie.checkpoints import find_ingredients, open_checkpoint
 from guie.config import FORMER_NAMES
-from guie.distributed import Stopped
+from guie.errors import Stopped
 from guie.files import state_hash
 from guie.resume import BEST, free_space, is_whole, read_position, run_lock, saved_states
 from guie.training import fit

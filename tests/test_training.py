@@ -33,8 +33,8 @@ from guie import training
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import Config
 from guie.datasets import read_dataset
-from guie.distributed import Stopped
 from guie.embedding import embed
+from guie.errors import Stopped
 from guie.files import state_hash
 from guie.images import ImageDataset, loader
 from guie.model import Embedder, SubcenterHead, param_groups

@@ -1,0 +1,37 @@
+"""Errors: what a user can mend, each one sentence; a notebook shows the sentence without a traceback."""
+
+
+class OneSentence:
+    """An error that says what is wrong and what to do; its traceback, for whoever looks for a fault here, is kept."""
+
+    def _render_traceback_(self):
+        """What IPython asks for in the place of a traceback."""
+        return [f'{type(self).__name__}: {self}']
+
+
+class InputError(OneSentence, ValueError):
+    """A value, a table or a file's content that cannot be used."""
+
+
+class MissingError(OneSentence, FileNotFoundError):
+    """A file or folder that is not there, or holds something else."""
+
+
+class FileError(OneSentence, OSError):
+    """A file that cannot be read or written."""
+
+
+class MemoryFull(OneSentence, MemoryError):
+    """The GPU's memory is used up."""
+
+
+class Diverged(OneSentence, FloatingPointError):
+    """The loss stays NaN or infinite."""
+
+
+class ProcessError(OneSentence, RuntimeError):
+    """Another process, or the machine, does not do what is asked of it."""
+
+
+class Stopped(OneSentence, Exception):
+    """A run ended before its last step, everything saved: run it again to resume."""
