@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read as weights, found in attached inputs, hashed; progress bars."""
 import difflib
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -118,6 +119,23 @@ def did_you_mean(name, names):
     return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
+class NotebookBar(tqdm):
+    """tqdm as one output of a notebook's cell that is updated, so that a saved copy keeps one line, however long it ran."""
+    shown = None  # IPython's handle of that output
+
+    def display(self, msg=None, pos=None):
+        """Shows the bar, or another text; tqdm calls it."""
+        from IPython.display import display
+        text = {'text/plain': str(self) if msg is None else msg}
+        if self.shown is None:
+            self.shown = display(text, raw=True, display_id=True)
+        else:
+            self.shown.update(text, raw=True)
+
+
 def progress_bar(iterable=None, desc=None, **options):
-    """tqdm on stdout: a notebook then keeps one plain line of it instead of a red block or an empty widget."""
+    """tqdm; in a notebook one plain line."""
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if hasattr(shell, 'kernel'):
+        return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, **options)
     return tqdm(iterable, desc, file=sys.stdout, mininterval=.5, **options)

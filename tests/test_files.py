@@ -4,12 +4,15 @@ import resource
 import shutil
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from safetensors.torch import save_file
 
 from guie import files
+from guie.files import progress_bar
 
 
 def full_disk(monkeypatch):
@@ -199,3 +202,19 @@ def test_a_progress_bar_is_written_to_the_output_and_not_to_the_errors(capsys):
     assert list(files.progress_bar(range(3), 'reading')) == [0, 1, 2]
     said = capsys.readouterr()
     assert 'reading' in said.out and not said.err
+
+
+@pytest.mark.parametrize('options, kept', [('', 'work: 100%'), (', leave=False', ''), (', disable=True', None)])
+def test_a_saved_notebook_keeps_one_line_of_a_bar(options, kept):
+    source = (f'import time\nfrom guie.files import progress_bar\nfor _ in progress_bar(range(30), "work"{options}):\n'
+              '    time.sleep(.07)')
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    outputs = NotebookClient(notebook, kernel_name='python3').execute().cells[0].outputs
+    assert [output['output_type'] for output in outputs] == ['display_data'] * (kept is not None)
+    if kept is not None:
+        text = outputs[0]['data']['text/plain']
+        assert text.startswith(kept) and bool(text) == bool(kept) and '\n' not in text
+
+
+def test_a_terminal_gets_tqdm(capsys):
+    assert list(progress_bar(range(3), 'work')) == [0, 1, 2] and '3/3' in capsys.readouterr().out
