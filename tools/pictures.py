@@ -1,0 +1,92 @@
+"""The README's pictures of results, from what `make demo` left under runs/demo: media/queries.png and media/scores.png.
+
+    python tools/pictures.py
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import demo  # noqa: E402  (the repository's root is not a package)
+import utilities  # noqa: E402
+
+PARTS = ('pca', 'query', 'index')
+COLOURS = {'untrained': 'tab:grey', 'ingredient': 'tab:blue', 'soup': 'tab:orange', 'ensemble': 'tab:green'}
+
+
+def kept_vectors(folder):
+    """{part: (n, d)} that a notebook kept."""
+    return {part: np.load(folder / f'{part}.npz')['vectors'] for part in PARTS}
+
+
+def models(runs=demo.RUNS):
+    """{(stage, name): (query, index) at 64 dimensions} of the demo's models."""
+    found = {}
+    for tower in ('vit_h_224', 'vit_l_336'):
+        found['untrained', tower] = kept_vectors(runs / 'vectors' / f'untrained_{tower}')
+        for run in sorted(runs.glob(f'{tower}_*')):
+            found['ingredient', run.name] = kept_vectors(run / 'vectors')
+        found['soup', f'soup of {tower}'] = kept_vectors(runs / f'soup_{tower}' / 'vectors')
+    soups = [vectors for (stage, _), vectors in found.items() if stage == 'soup']
+    found['ensemble', 'both soups'] = {part: utilities.concatenate([soup[part] for soup in soups]) for part in PARTS}
+    order = sorted(found, key=lambda key: list(COLOURS).index(key[0]))
+    return {key: utilities.project(found[key]) for key in order}
+
+
+def draw_queries(splits, projected, path, seed=5):
+    """The same five random queries and their five nearest images by three models; green: the same object."""
+    shown = {'before training': ('untrained', 'vit_h_224'), 'one ingredient': ('ingredient', 'vit_h_224_none'),
+             'the ensemble': ('ensemble', 'both soups')}
+    chosen = np.random.default_rng(seed).choice(len(splits['query']), 5, replace=False)
+    figure = plt.figure(figsize=(13, 4.3))
+    panels = figure.subfigures(1, 1 + len(shown), width_ratios=[1.1, 5, 5, 5], wspace=0)
+    labels, paths = splits['index']['label'].to_numpy(), splits['index']['path'].to_numpy()
+
+    def fill(panel, title, rows):
+        panel.suptitle(title, fontsize=11)
+        axes = panel.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={'wspace': .08, 'hspace': .08})
+        for axis, (file, colour) in zip(axes.flat, sum(rows, [])):
+            axis.imshow(utilities.read_image(file, 96))
+            axis.set(xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set(color=colour, linewidth=2.5)
+
+    fill(panels[0], 'query', [[(splits['query']['path'].iloc[query], 'black')] for query in chosen])
+    for panel, (title, key) in zip(panels[1:], shown.items()):
+        query, index = projected[key]
+        _, near = utilities.nearest_neighbours(query[chosen], index, 5)
+        right = labels[near] == splits['query']['label'].to_numpy()[chosen, None]
+        fill(panel, title, [list(zip(*row)) for row in zip(paths[near], np.where(right, 'tab:green', 'tab:red'))])
+    figure.savefig(path, dpi=80)
+
+
+def draw_scores(splits, projected, path):
+    """mP@5 of every model, with the 95 % interval over the kinds of object."""
+    kinds, rows = splits['query']['label'], []
+    for (stage, name), (query, index) in projected.items():
+        precision = utilities.precision_at_5(query, kinds, index, splits['index']['label'])
+        rows.append((stage, name, *utilities.paired_bootstrap(np.zeros(len(kinds)), precision, kinds)))
+    figure, axis = plt.subplots(figsize=(7, .32 * len(rows) + .9))
+    stages, names, means, lows, highs = zip(*rows)
+    errors = np.abs(np.array([lows, highs]) - means)
+    axis.barh([f'{stage}: {name}' for stage, name in zip(stages, names)], means, xerr=errors, capsize=3,
+              color=[COLOURS[stage] for stage in stages])
+    axis.invert_yaxis()
+    axis.set(xlabel='mP@5 on never-seen objects, 64 numbers; lines: 95 % interval over the objects')
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    world = demo.make_world(demo.RUNS / 'world')
+    splits = {part: utilities.read_dataset(world / f'{part}.csv') for part in ('query', 'index')}
+    projected = models()
+    draw_queries(splits, projected, demo.MEDIA / 'queries.png')
+    draw_scores(splits, projected, demo.MEDIA / 'scores.png')
+
+
+if __name__ == '__main__':
+    main()
