@@ -199,3 +199,63 @@ def test_a_progress_bar_is_written_to_the_output_and_not_to_the_errors(capsys):
     assert list(files.progress_bar(range(3), 'reading')) == [0, 1, 2]
     said = capsys.readouterr()
     assert 'reading' in said.out and not said.err
+
+
+# What people and papermill write
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, a variable that names it too, and a folder in it to stand in."""
+    for name, value in (('HOME', tmp_path), ('DATA', tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / 'here' / ' blank ').mkdir(parents=True)
+    (tmp_path / 'here' / '$x.csv').touch()
+    monkeypatch.chdir(tmp_path / 'here')
+    return tmp_path
+
+
+@pytest.mark.parametrize('written, meant', [
+    ('~/runs', '{0}/runs'), ('~', '{0}'), (' ~/runs/x\n', '{0}/runs/x'), ('$HOME/runs', '{0}/runs'),
+    ('${DATA}/a b/c.csv', '{0}/a b/c.csv'), (Path('~/runs'), '{0}/runs'), (Path(' runs ') / 'x', 'runs/x'),
+    (' runs', 'runs'), (' {0}/here ', '{0}/here'), ('{0}/none ', '{0}/none'),
+    (' blank ', ' blank '), ('$x.csv', '$x.csv'), ('$NONE/x', '$NONE/x'),
+    ('a/~/b', 'a/~/b'), ('runs/5 $', 'runs/5 $'), ('', '.'), ('.', '.'), ('/', '/')], ids=repr)
+def test_a_path_is_what_people_mean_by_it(home, written, meant):
+    written = type(written)(str(written).replace('{0}', str(home)))
+    assert files.user_path(written) == Path(meant.replace('{0}', str(home)))
+
+
+def test_a_file_is_written_where_its_path_means(home):
+    files.write_text('~/runs/a.txt', 'text')
+    files.write_text(' $DATA/b.txt ', 'text')
+    assert (home / 'runs/a.txt').read_text() == (home / 'b.txt').read_text() == 'text' and not Path('~').exists()
+
+
+@pytest.mark.parametrize('text, held', [
+    ("{'epochs': 1}", {'epochs': 1}), ('{"head_norm": true, "n_classes": null}', {'head_norm': True, 'n_classes': None}),
+    ("{'stages': ({'trains': 'head'}, {}), 'n_classes': None}", {'stages': ({'trains': 'head'}, {}), 'n_classes': None}),
+    (' {"a": [1, 2.5]}\n', {'a': [1, 2.5]}), ("['a', 'b']", ['a', 'b']), ('(1, (2, 3))', (1, (2, 3)))])
+def test_the_text_of_a_dict_list_or_tuple_is_read(text, held):
+    assert files.literal(text, dict, list, tuple) == held == files.literal(held, dict, list, tuple)
+
+
+@pytest.mark.parametrize('text', ['products-10k', '2022', 'a.csv', "{'epochs': 1", 'dict(a=1)', '__import__("os").getcwd()',
+                                  '{[]: 1}', '', 'None', '(' * 9999, 7, None])
+def test_any_other_value_stays_as_it_is(text):
+    assert files.literal(text, dict, list, tuple) is text
+
+
+@pytest.mark.parametrize('name, names, words', [
+    ('epoch', ['epochs', 'seed'], ' Did you mean epochs?'), ('CUTOUT', ['flip', 'cutout'], ' Did you mean cutout?'),
+    ('vit-h-14', ['ViT-H-14', 'RN50'], ' Did you mean ViT-H-14?'), ('zebra', ['flip'], ''), (7, ['flip'], ''),
+    (None, [], '')])
+def test_a_near_name_is_suggested(name, names, words):
+    assert files.did_you_mean(name, names) == words
+
+
+@pytest.mark.parametrize('error, words', [
+    (OSError(28, 'No space left on device', 'x'), 'No space left on device'), (OSError('odd'), 'odd'),
+    (OSError(), 'OSError'), (RuntimeError('first\nsecond'), 'first'), (RuntimeError(''), 'RuntimeError')])
+def test_the_reason_of_an_error_is_one_line(error, words):
+    assert files.reason_of(error) == words
