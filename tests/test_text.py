@@ -71,8 +71,9 @@ def test_an_absent_vocabulary_is_named(tmp_path):
 
 @pytest.mark.parametrize('weights, words', [
     ("{'dish': 2}", "no kind 'dish' to weigh; its kinds are dishes, toys. Did you mean dishes"),
-    ('dishes', "are 'dishes'; give"), ([2, 1], r'are \[2, 1\]; give'), ({'dishes': '2'}, "is '2'; it must be"), ({'dishes': -1}, 'is -1; it must be'),
-    ({'dishes': True}, 'is True; it must be'), ({'dishes': np.nan}, 'is nan; it must be')])
+    ('dishes', "are 'dishes'; give"), ([2, 1], r'are \[2, 1\]; give'), ({'dishes': '2'}, "is '2'; it must be"),
+    ({'dishes': -1}, 'is -1; it must be'), ({'dishes': True}, 'is True; it must be'),
+    ({'dishes': np.nan}, 'is nan; it must be')])
 def test_weights_of_kinds_are_numbers_by_kind(weights, words):
     kinds = {'dishes': np.array(['pizza']), 'toys': ('kite',)}
     assert read_vocabulary(kinds, "{'dishes': 2}")['weight'].tolist() == [2, 1]
