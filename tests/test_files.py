@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from guie import files
+from guie import checkpoints, datasets, embedding, files, plots, retrieval, splits, submission
+from guie.config import Config
 
 
 def full_disk(monkeypatch):
@@ -259,3 +261,31 @@ def test_a_near_name_is_suggested(name, names, words):
     (OSError(), 'OSError'), (RuntimeError('first\nsecond'), 'first'), (RuntimeError(''), 'RuntimeError')])
 def test_the_reason_of_an_error_is_one_line(error, words):
     assert files.reason_of(error) == words
+
+
+def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
+    (home / 'data').symlink_to(tiny_world)
+    for source, root in ((' ~/data/train.csv ', None), ('$HOME/data/train.csv', '~/data'),
+                         ('~/data/train.csv', ' $DATA/data')):
+        assert len(datasets.read_dataset(source, root)) == len(train)
+        parts = splits.load_data(source, config=Config(min_images=1), root=root)
+    listed = splits.load_data("['~/data/train.csv']", selection="('~/data/train.csv', '$HOME/data/train.csv')",
+                              config=Config(min_images=1))  # as papermill passes a list and a tuple
+    assert len(listed['selection_query']) == len(train) and set(listed) == set(parts)
+    assert len(datasets.list_images('~/data')) == len(train)
+    table = pd.DataFrame({'stage': ['a'], 'mp5': [.5]})
+    retrieval.save_scores(table, ' ~/scores.csv')
+    checkpoints.save_state({'tower.a': torch.ones(2)}, '~/runs/h_x/model.safetensors')
+    for path in ('~/runs/h_x', ' $DATA/runs/h_x/model.safetensors'):
+        assert checkpoints.open_checkpoint(path).name == 'h_x'
+    assert len(checkpoints.list_runs('~/runs')) == 1
+    for towers in (['h'], "['h']", 'h'):
+        assert len(checkpoints.find_ingredients('~/runs', towers, search=())['h']) == 1
+    architecture = "{'h': {'model_name': 'ViT-S-32-alt', 'pretrained': 'random', 'image_size': 32}}"
+    assert len(checkpoints.find_ingredients('x', ['h'], "{'h': ['~/runs/h_x']}", architecture)['h']) == 1
+    embedding.save_vectors('~/v.npz', np.ones((1, 2)), np.array(['a']), 'key')
+    assert embedding.cached_vectors(' ~/v.npz', np.array(['a']), 'key') is not None
+    with pytest.raises(ValueError, match='is not a submission'):
+        submission.load_submission(files.user_path('~/scores.csv'))
+    plots.plot_logs(['~/runs/h_x'])
+    assert (home / 'scores.csv').exists() and [path.name for path in Path().iterdir() if '~' in path.name] == []
