@@ -11,7 +11,7 @@ from torch import nn
 
 from guie.config import PUBLISHED, Config
 from guie.errors import InputError, MissingError
-from guie.files import ATTACHED, attached_folders, read_weights, state_hash, whole_file
+from guie.files import ATTACHED, attached_folders, literal, read_weights, state_hash, user_path, whole_file
 from guie.model import Embedder, SubcenterHead
 from guie.towers import TowerSpec, build_tower, load_image_tower, load_strictly, resize_tower, unloaded_tower
 
@@ -53,7 +53,8 @@ def open_checkpoint(path):
     file that holds no weights."""
     if isinstance(path, Checkpoint):
         return path
-    path = Path(path) / 'model.safetensors' if Path(path).is_dir() else Path(path)
+    path = user_path(path)
+    path = path / 'model.safetensors' if path.is_dir() else path
     if not path.is_file():
         raise MissingError(f'There is no checkpoint {path}: check the path, or make this file first.')
     tensors, metadata = read_weights(path)
@@ -76,7 +77,7 @@ def our_name(name):
 def save_state(tensors, path, metadata=None, *, overwrite=False):
     """Write {name: tensor} with metadata {str: str} as safetensors, whole or not at all.
     FileExistsError unless `overwrite`; OSError if it cannot be written, and what was there stays as it was."""
-    path, metadata = Path(path), {'format': 'pt', **(metadata or {})}
+    path, metadata = user_path(path), {'format': 'pt', **(metadata or {})}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise InputError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
     if path.exists() and not overwrite:
@@ -131,7 +132,7 @@ def unloaded_model(checkpoint, tower):
 def list_runs(root):
     """Every run below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
     epochs, method, mp5 (at dim 64, if scored), hash of the weights."""
-    files = sorted(Path(root).glob('**/model.safetensors')) if isinstance(root, (str, Path)) else root
+    files = sorted(user_path(root).glob('**/model.safetensors')) if isinstance(root, (str, Path)) else root
     rows = []
     for checkpoint in map(open_checkpoint, files):
         if checkpoint.path.parent.parent.name == 'state':
@@ -149,11 +150,13 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=ATT
     and in attached outputs (below `search`); or, where given, `files` instead.
     files: {tower: [checkpoint files, or folders of them]} that say nothing of themselves, as the original authors'.
     architectures: {tower: Config's fields for its files}; None: those of the 4th place."""
+    towers = [towers] if isinstance(towers := literal(towers, list, tuple), str) else towers
+    files, architectures = literal(files, dict), literal(architectures, dict)
     if files:
         found = {tower: bare_checkpoints(tower, paths, (architectures or PUBLISHED['place4']).get(tower))
                  for tower, paths in files.items()}
     else:
-        folders = [*sorted(Path(root).glob('*')), *map(Path, attached_folders(search))]
+        folders = [*sorted(user_path(root).glob('*')), *map(Path, attached_folders(search))]
         found = {tower: finished_runs(tower, folders) for tower in towers}
     found = {tower: runs for tower, runs in found.items() if runs}
     if not found:
@@ -185,7 +188,7 @@ def bare_checkpoints(tower, paths, architecture):
                          f'model_name, pretrained and image_size in ARCHITECTURES.')
     config = Config().override(**architecture)
     metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    paths = [user_path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     checkpoints = [open_checkpoint(file) for path in paths for file in files_in(path)]
     return [Checkpoint(checkpoint, metadata | checkpoint.metadata, checkpoint.path, f'{tower}_{number}_{checkpoint.name}')
             for number, checkpoint in enumerate(checkpoints, start=1)]

@@ -5,10 +5,11 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
-from pathlib import Path
+
+import numpy as np
 
 from guie.errors import InputError, MissingError
-from guie.files import did_you_mean, write_text
+from guie.files import did_you_mean, literal, user_path, write_text
 from guie.images import AUGMENTATIONS
 
 FORMER_NAMES = {'bands': 'layer_lrs', 'head_decay': 'head_weight_decay', 'tower_decay': 'tower_weight_decay',
@@ -76,11 +77,13 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
+            value = plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, literal(value, list, tuple) if field.type is tuple else value)
             check_field(field.name, field.type, getattr(self, field.name))
         object.__setattr__(self, 'layer_lrs', checked_layer_lrs(self.layer_lrs))
         for name, names in (('augmentation', AUGMENTATIONS), ('precision', ('auto', 'no', 'fp16', 'bf16'))):
-            if getattr(self, name) not in names:
-                raise InputError(f'Config.{name} is {getattr(self, name)!r}; choose {", ".join(names)}.')
+            if (value := getattr(self, name)) not in names:
+                raise InputError(f'Config.{name} is {value!r}; choose {", ".join(names)}.{did_you_mean(value, names)}')
         if self.batch_size and self.effective_batch % self.batch_size:
             raise InputError(f'Config.effective_batch is {self.effective_batch}; it must be a multiple of batch_size '
                              f'{self.batch_size}, since whole batches are accumulated.')
@@ -105,14 +108,19 @@ class Config:
                 raise InputError(f'Stage {number} of Config.stages: {error}') from None
         return configs or [self]
 
-    def override(self, **choices):
-        """The same with other values; None keeps the value that is there. An unknown name is an error."""
-        return self.replace({name: value for name, value in choices.items()
-                             if value is not None or name not in vars(self)})
+    def override(self, overrides=None, /, **choices):
+        """The same with other values; None keeps the value that is there. An unknown name is an error.
+        overrides: more of them, a dict or its text as JSON or Python, in which None is a value like others."""
+        choices = {name: value for name, value in choices.items() if value is not None or name not in vars(self)}
+        more = read_overrides(overrides)
+        if twice := [name for name in more if name in choices and choices[name] != more[name]]:
+            raise InputError(f'{twice[0]} is given twice, as {choices[twice[0]]!r} and in OVERRIDES as {more[twice[0]]!r}: '
+                             f'give it once.')
+        return self.replace(choices | more)
 
     def replace(self, values):
         """The same with other values {field: value}, None among them. An unknown name is an error."""
-        if unknown := sorted(set(values) - set(vars(self))):
+        if unknown := [name for name in values if name not in vars(self)]:
             raise InputError(f'Config has no field {unknown[0]!r}.{did_you_mean(unknown[0], vars(self))} Its fields are '
                              f'{", ".join(vars(self))}.')
         return replace(self, **values)
@@ -122,7 +130,8 @@ class Config:
         if solution is None:
             return self
         if solution not in PUBLISHED:
-            raise InputError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.')
+            raise InputError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.'
+                             f'{did_you_mean(solution, PUBLISHED)}')
         return replace(self, **PUBLISHED[solution][tower])
 
     def save(self, path):
@@ -138,7 +147,7 @@ class Config:
     def load(cls, path):
         """The Config in a file. FileNotFoundError; ValueError for a file that holds none."""
         try:
-            return cls.read(Path(path).read_text())
+            return cls.read(user_path(path).read_text())
         except FileNotFoundError:
             raise MissingError(f'There is no configuration {path}: check the path, or make this run first.') from None
         except (ValueError, TypeError) as error:
@@ -150,6 +159,23 @@ class Config:
         height = -(-len(cells) // columns)
         rows = [f'<tr>{"".join(cells[row::height])}</tr>' for row in range(height)]
         return f'<table>{"".join(rows)}</table>'
+
+
+def read_overrides(value):
+    """{field: value} of OVERRIDES: a dict, or the text that papermill makes of one; nothing is an empty one."""
+    read = {} if value is None or value == '' else literal(value, dict)
+    if not isinstance(read, dict):
+        raise InputError(f"OVERRIDES is {value!r}; give {{field: value}}, for example {{'epochs': 2}}.")
+    return read
+
+
+def plain(value):
+    """A value with Python's numbers in the place of numpy's, also inside lists and dicts: only those are saved as JSON."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_field(name, kind, value):
@@ -171,9 +197,10 @@ def checked_layer_lrs(pairs):
     with suppress(TypeError, ValueError):
         checked = tuple((int(end), float(lr)) for end, lr in pairs)
         ends, rates = zip(*checked)
-        if list(ends) == sorted(set(ends)) and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates):
+        rising = list(ends) == sorted({float(end) for end, _ in pairs})  # and whole
+        if rising and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates):
             return checked
-    raise InputError(f'Config.layer_lrs is {pairs}; give (blocks below, lr) pairs with rising block numbers.')
+    raise InputError(f'Config.layer_lrs is {pairs!r}; give (blocks below, lr) pairs with rising block numbers.')
 
 
 def present_names(values):
@@ -188,6 +215,13 @@ def present_names(values):
 
 
 def different_fields(first, second):
-    """'field: a, now b' for what two configurations train differently."""
+    """'field: a, now b' for what two configurations train differently; the same weights in another folder do not."""
     return [f'{name}: {value}, now {asdict(second)[name]}' for name, value in asdict(first).items()
-            if name not in NOT_TRAINED and value != asdict(second)[name]]
+            if name not in NOT_TRAINED and without_folders(name, value) != without_folders(name, asdict(second)[name])]
+
+
+def without_folders(name, value):
+    """A field's value; of files and folders of weights the last part alone, since data sets are mounted here and there."""
+    if name == 'pretrained' or name == 'model_name' and value.startswith('local-dir:'):
+        return re.sub(r'^(local-dir:|[^/@]*@|).*/([^/]+)/*$', r'\1\2', value.strip())
+    return value

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from guie.errors import InputError, MissingError
-from guie.files import ATTACHED, attached_folders
+from guie.files import ATTACHED, attached_folders, user_path
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
@@ -82,6 +82,7 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED):
     known sets carry the set's name ('products-10k/17'), so that splits can be concatenated. Without a column `domain` it is
     the data folder's name. Raises FileNotFoundError for a data root laid out otherwise, ValueError for a label file that
     cannot be used."""
+    name_or_path, root = user_path(name_or_path), root and user_path(root)
     name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
     if name in DATASETS:
         layout = DATASETS[name]
@@ -216,7 +217,7 @@ def check_one_each(frame, column, other, source):
 
 def list_images(folder):
     """Every image below a folder, however it is arranged: DataFrame path, label (its folder's name), domain."""
-    paths = sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(str(path) for path in user_path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise MissingError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}).')
     return pd.DataFrame({'path': paths, 'label': [Path(path).parent.name for path in paths], 'domain': ''})

@@ -19,10 +19,12 @@ import torch
 from accelerate import PartialState
 
 from guie.errors import Diverged, FileError, InputError, MemoryFull, MissingError, ProcessError, Stopped
+from guie.files import reason_of
 
 ERRORS = {kind.__name__: kind for kind in (Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError,
                                            KeyboardInterrupt)}
 LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
+WORDS = re.compile(r'([\w.]+(Error|Exception)(: |$))|.* error: |.*: No module named ')  # a reason, in what processes print
 
 
 def best_device():
@@ -119,7 +121,10 @@ def launch(module, folder, processes, *, stops=True):
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints, \
             stop_signal((folder / 'stop').touch) if stops else nullcontext():
         # A session of its own: a notebook's stop button signals the whole group, and it is passed on as a file.
-        child = subprocess.Popen(command, stdout=output, stderr=complaints, env=environment, start_new_session=True)
+        try:
+            child = subprocess.Popen(command, stdout=output, stderr=complaints, env=environment, start_new_session=True)
+        except OSError as error:
+            raise ProcessError(f'{processes} processes could not be started: {reason_of(error)}.') from error
         try:
             print_output(output, child)
         finally:
@@ -153,19 +158,34 @@ def end_launched(child):
 
 def raise_launched_error(folder, returncode, complaints, processes):
     """Raises what launched processes left in error.json, or what they or their launcher complained of."""
-    name, message, file = '', '', folder / 'error.json'
-    if file.exists():
-        name, message = json.loads(file.read_text())
-    lost = LOST.search(message)
-    if name and not lost:
+    name = message = ''
+    with suppress(FileNotFoundError, ValueError):  # a full disk leaves half of it
+        name, message = json.loads((folder / 'error.json').read_text())
+    if name and not LOST.search(message):
         raise ERRORS.get(name, ProcessError)(message)
-    if lost or returncode and re.search(r'SIGKILL|exitcode *: -(6|9)', complaints):  # when one is killed, others may abort
+    if not returncode:
+        return
+    codes = [returncode, *map(int, re.findall(r'exitcode *: (-?\d+)', complaints))]  # the last is that of the first to end
+    of_launcher = 'via SIGKILL' in complaints  # it killed those that would not end
+    if codes[-1] == -signal.SIGKILL or -signal.SIGKILL in codes and not of_launcher:  # others may abort when one is killed
         raise ProcessError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
                            f'batch_size and run this cell again; a run resumes from its last state.')
-    if returncode:
-        lines = [line for line in complaints.splitlines() if line.strip() and 'Warning' not in line]
-        told = [line for line in lines if re.match(r'(?!.*ChildFailed)([\w.]+(Error|Exception): |.* error: )', line)]
-        raise ProcessError(f'{processes} processes could not be started or ended early: {(told or lines or [""])[0][-500:]}')
+    reason = first_reason(complaints) or message
+    if codes[-1] < 0:
+        raise ProcessError(f'One of {processes} processes was killed by {signal.Signals(-codes[-1]).name} ({reason}): run '
+                           f'this cell again; a run resumes from its last state.')
+    raise ProcessError(f'{processes} processes could not be started or ended early: {reason}')
+
+
+def first_reason(complaints):
+    """The first line of what processes printed that says why they ended, or else their first line.
+    It follows the indented lines of a traceback, or looks like an error; that another process is gone is no reason."""
+    lines = [re.sub(r'^\[rank\d+\]: ?', '', line).rstrip() for line in complaints.splitlines() if 'Warning' not in line]
+    lines = [line for line in lines if line]
+    told = [line for before, line in zip(['', *lines], lines)
+            if WORDS.match(line) or before.startswith(('    ', '  File "')) and not line.startswith((' ', 'Traceback'))]
+    return next((line[:500] for line in told + lines if not re.search(f'ChildFailed|closing signal|{LOST.pattern}', line)),
+                '')
 
 
 def report_error(folder, work):
@@ -174,8 +194,8 @@ def report_error(folder, work):
         work()
     except (Exception, KeyboardInterrupt) as error:
         name = type(error).__name__
-        message = str(error) if name in ERRORS else f'{name}: {error}'
-        with suppress(FileExistsError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because it is gone
+        message = str(error) if name in ERRORS else f'{name}: {" ".join(str(error).split())[:500]}'
+        with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because it is gone
             json.dump([name, message], file)
         raise SystemExit(message) from None
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':

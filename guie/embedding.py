@@ -15,7 +15,7 @@ from accelerate.utils import gather, gather_object
 from guie.checkpoints import load_run, save_run
 from guie.config import Config
 from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
-from guie.files import progress_bar, state_hash, whole_file
+from guie.files import progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
 from guie.retrieval import score_table
 from guie.splits import SELECTION, Splits
@@ -69,7 +69,7 @@ def vectors_hash(model):
 
 def cached_vectors(file, paths, key):
     """The vectors in an .npz file that is of these images and this model, or None."""
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as kept:
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(user_path(file)) as kept:
         if str(kept['hash' if 'hash' in kept else 'digest']) == key and np.array_equal(kept['paths'], paths):
             return kept['vectors']
 

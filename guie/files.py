@@ -1,7 +1,9 @@
 """Files: written whole or not at all, read as weights, found in attached inputs, hashed; progress bars."""
+import ast
 import difflib
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -19,23 +21,48 @@ from guie.errors import FileError, InputError
 ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount attached inputs
 
 
+def user_path(path):
+    """A path as people write it, as Path: '~', '$HOME' and blanks around names are resolved where nothing is called so."""
+    text = os.fsdecode(path)
+    if text.lstrip().startswith('~') or not os.path.lexists(text):
+        text = os.path.expanduser(text.lstrip())
+    if not text or os.path.lexists(text):
+        return Path(text)
+    folder, name = os.path.split(text)
+    return user_path(folder) / os.path.expandvars(name.strip())
+
+
+def literal(value, *kinds):
+    """What a text holds as JSON or as a Python literal, if that is of these kinds; else the value as it is.
+    papermill passes dicts, lists and tuples as text."""
+    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            held = read(value.strip())
+            return held if isinstance(held, kinds) else value
+    return value
+
+
 @contextmanager
 def whole_file(path):
     """A path beside `path` for the block to write a file to, which then replaces `path`: a reader never sees half a file.
     OSError, in one sentence, if the block cannot write; what was there is unchanged."""
-    path = Path(path)
+    path = user_path(path)
     beside = path.with_name(f'.part-{path.name}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise FileError(f'{path} could not be written ({reason}): free some space or choose another folder; what was there '
-                        f'is unchanged.') from error
+        raise FileError(f'{path} could not be written ({reason_of(error)}): free some space or choose another folder; what '
+                        f'was there is unchanged.') from error
     finally:
         with suppress(OSError):  # as when the parent is a file
             beside.unlink()
+
+
+def reason_of(error):
+    """Why something failed, in one line: what the system says, or an error's own first line."""
+    return getattr(error, 'strerror', None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path, text):
@@ -73,7 +100,7 @@ def read_weights(path):
 
 def attached_folders(places=ATTACHED, depth=6):
     """Yields the places and the folders up to `depth` levels below them as str, the least deep first, each level sorted."""
-    level = [os.path.abspath(place) for place in places]
+    level = [os.path.abspath(user_path(place)) for place in places]
     for _ in range(depth + 1):
         yield from level
         level = [os.path.join(folder, name) for folder in level[:2000]  # os.walk passes over what cannot be read
@@ -82,7 +109,7 @@ def attached_folders(places=ATTACHED, depth=6):
 
 def copy_to_kaggle_output(path, folder='/kaggle/working'):
     """On Kaggle, copies a submission to <folder>/submission.zip, where the competition looks for it; elsewhere nothing."""
-    target = Path(folder, 'submission.zip')
+    path, target = user_path(path), Path(folder, 'submission.zip')
     if not target.parent.is_dir() or target.exists() and target.samefile(path):
         return
     with whole_file(target) as beside:
@@ -115,8 +142,9 @@ def state_hash(tensors):
 
 def did_you_mean(name, names):
     """' Did you mean …?' for an error sentence, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=3)
-    return f' Did you mean {" or ".join(near)}?' if near else ''
+    by_case = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower(), by_case, n=3) if isinstance(name, str) else ()
+    return f' Did you mean {" or ".join(by_case[found] for found in near)}?' if near else ''
 
 
 class NotebookBar(tqdm):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from guie.errors import FileError, InputError
+from guie.files import did_you_mean
 
 IMAGE_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some run other programs
 
@@ -126,7 +127,8 @@ def augmentation(name):
     The 4th place's augmentations with two differences: they run at the tower's size (theirs ran before the resize, at
     several times the cost), and cutout's hole lies inside the image (theirs could stick out)."""
     if name not in AUGMENTATIONS:
-        raise InputError(f'Unknown augmentation {name!r}; there are {", ".join(AUGMENTATIONS)}.')
+        raise InputError(f'Unknown augmentation {name!r}; there are {", ".join(AUGMENTATIONS)}.'
+                         f'{did_you_mean(name, AUGMENTATIONS)}')
     return v2.Compose([*AUGMENTATIONS[name](), v2.PILToTensor()])
 
 

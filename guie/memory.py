@@ -2,10 +2,10 @@
 
 Shapes alone decide it: the tower makes a forward pass on torch's meta device, whose tensors have no values."""
 import copy
+import math
+import os
 import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from guie.distributed import processes_here
+from guie.files import reason_of, user_path
 from guie.model import freeze, resize
 from guie.towers import BLOCK, checkpoint_activations
 
@@ -123,13 +124,25 @@ def memory_plan(model, config, *, processes=1, half=None):
 
 
 def available_memory():
-    """(bytes, words for it) of the smallest GPU, or of this machine where there is none. CUDA is not touched."""
-    if not torch.cuda.device_count():
-        return psutil.virtual_memory().available, 'free on this machine'
-    query = ['nvidia-smi', '--query-gpu=memory.total,name', '--format=csv,noheader,nounits']
-    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    size, name = min((int(mebibytes) * 2**20, name) for mebibytes, name in (line.split(', ', 1) for line in lines))
-    return size - RESERVE, f'of one {name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
+    """(bytes, words for it) of the smallest GPU that this process sees, or of this machine where there is none, or where
+    the GPU shares the machine's. No memory of a GPU is taken."""
+    free = psutil.virtual_memory().available
+    try:
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError) as error:  # a driver that does not fit, or a PyTorch without CUDA
+        return free, f'free on this machine, whose GPU PyTorch cannot use: {reason_of(error)}'
+    if not cards:
+        return free, 'free on this machine'
+    card = min(cards, key=lambda card: card.total_memory)
+    if card.is_integrated:
+        return min(free, card.total_memory) - RESERVE, f'free on this machine, which its {card.name} shares'
+    return card.total_memory - RESERVE, f'of one {card.name}, less {RESERVE / 2**30:.0f} GiB for CUDA itself'
+
+
+def free_disk(folder):
+    """Bytes free where a folder is or will be; infinite for a drive that does not say, as some network drives."""
+    usage = shutil.disk_usage(next(place for place in (folder, *folder.parents) if os.path.exists(place)))
+    return usage.free if usage.total else math.inf
 
 
 def half_here(config):
@@ -171,7 +184,7 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
     """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
     before it starts, if that is too much. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
     processes, (capacity, words) = processes or processes_here(), (memory, 'given') if memory else available_memory()
-    stages, place = [fitted(stage, model, processes) for stage in config.each_stage()], Path(run_dir).absolute()
+    stages, place = [fitted(stage, model, processes) for stage in config.each_stage()], user_path(run_dir).absolute()
 
     def plan_of_stage(stage):
         return memory_plan(model, stage, processes=processes, half=half_here(stage))
@@ -186,7 +199,7 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
         print(f'{total / 1e9:.1f} GB do not fit into {capacity / 1e9:.1f} GB ({words}): '
               + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    disk = disk or shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    disk = disk or free_disk(place)
     if 7 * weights > disk:  # these, and two states of thrice their size: one is whole before the one before it goes
         print(f'{7 * weights / 1e9:.1f} GB do not fit on the disk of {run_dir}, which has {disk / 1e9:.1f}: choose another '
               'OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves loses its state.'

@@ -8,7 +8,7 @@ from guie.checkpoints import load_run, open_checkpoint
 from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
-from guie.files import ATTACHED, attached_folders
+from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
 from guie.training import run_job, write_job
 
 
@@ -41,7 +41,7 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
 def follow_recipe(config, recipe):
     """The configuration, changed as one of RECIPES says; None changes nothing."""
     if recipe is not None and recipe not in RECIPES:
-        raise InputError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.')
+        raise InputError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.{did_you_mean(recipe, RECIPES)}')
     return config if recipe is None else replace(config, **RECIPES[recipe](config))
 
 
@@ -51,7 +51,7 @@ def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
     <run_dir>/<its name>-stage-<number>, each from the weights that the one before kept; these stay there as
     stage.safetensors, and where that file is found (below a folder of `search` too) the stage is not trained again. Run it
     again to resume. Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
-    run_dir, stages = Path(run_dir), config.each_stage()
+    run_dir, stages = user_path(run_dir), config.each_stage()
     options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
     for number, stage in enumerate(stages, start=1):
         folder = run_dir if number == len(stages) else run_dir / f'{run_dir.name}-stage-{number}'

@@ -1,9 +1,11 @@
 """Resume: checkpoints of a run under way, which survive kills, full disks and new sessions."""
+import errno
 import json
 import os
+import re
 import shutil
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,11 @@ from torch import nn
 from guie.config import Config, different_fields
 from guie.distributed import any_process
 from guie.errors import FileError, InputError, ProcessError
-from guie.files import ATTACHED, attached_folders, write_text
+from guie.files import ATTACHED, attached_folders, reason_of, write_text
 
 BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a disk, mostly a network's, says of locks
+OF_THE_DISK = re.compile('StreamWriter|inline_container|unexpected pos|open file failed|cannot be opened|Parent directory')
 
 
 @dataclass
@@ -59,18 +63,23 @@ class Run:
 @contextmanager
 def run_lock(run_dir):
     """Refuses a second run in the same folder; the system frees the lock however the process ends."""
-    lock = FileLock(run_dir / '.lock', timeout=0)
+    # A soft lock, filelock's own answer to a disk without locks, would outlive a session that is killed.
+    lock = FileLock(run_dir / '.lock', timeout=0, fallback_to_soft=False)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ProcessError(f'Another run is writing into {run_dir}: wait for it, or give this one another name.') from None
-    except NotImplementedError:  # filelock's word for a disk without locks
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, 'errno', errno.ENOSYS) not in NO_LOCKS:
+            raise FileError(
+                f'{run_dir} cannot be written or locked ({reason_of(error)}): choose another OUT_DIR.') from error
         print(f'{run_dir} is on a disk without locks: do not start a second run of this name.')
-    except OSError as error:
-        raise FileError(f'{run_dir} cannot be written ({error.strerror}): choose another OUT_DIR.') from error
-    with lock if lock.is_locked else nullcontext():
+    try:
         yield
+    finally:
+        with suppress(OSError):  # a network drive may be gone
+            lock.release()
 
 
 class RunLog:
@@ -108,12 +117,14 @@ def save_checkpoint(run, required=False):
         try:
             if mine:
                 act()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:
             problem = error
         if any_process(run.accelerator, problem is not None)[0]:
             if run.main:
                 shutil.rmtree(beside, ignore_errors=True)
-            reason = str(problem).splitlines()[0] if problem else 'in another process'
+            if isinstance(problem, RuntimeError) and not OF_THE_DISK.search(str(problem)):  # torch's writer raises it too
+                raise problem
+            reason = reason_of(problem) if problem else 'in another process'
             sentence = (f'{beside.parent}: the state after step {run.progress.step} could not be saved ({reason}); the one '
                         f'before is unchanged. Free some space or choose another OUT_DIR.')
             if required:
@@ -225,7 +236,8 @@ def copy_attached_state(run_dir, config, search=ATTACHED):
         try:
             difference = different_fields(Config.load(run / 'config.json'), config)
         except (OSError, ValueError) as error:
-            difference = [str(error)]
+            print(f'{run} is left alone: {error}')
+            continue
         if difference:
             print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
             continue
@@ -237,6 +249,7 @@ def copy_attached_state(run_dir, config, search=ATTACHED):
             shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
             (folder / 'unfinished').replace(folder / state.name)
         except OSError as error:
-            raise FileError(f'{state} could not be copied into {folder} ({error}): free some space or choose another '
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # of a tree's files the first
+            raise FileError(f'{state} could not be copied into {folder} ({reason}): free some space or choose another '
                             f'OUT_DIR.') from error
         return print(f'{run_dir.name}: {state} was copied here')

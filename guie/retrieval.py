@@ -1,13 +1,12 @@
 """Retrieval: the k nearest index rows of each query, the competition's mP@5, how sure it is, and tables of scores."""
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 from guie.errors import InputError
-from guie.files import write_text
+from guie.files import user_path, write_text
 from guie.projection import fit_pca, project
 
 
@@ -197,5 +196,5 @@ def gain_table(pairs, vectors, splits, dim, projections):
 
 def save_scores(table, path):
     """Writes a score_table as CSV (a folder: as its scores.csv)."""
-    path = Path(path)
+    path = user_path(path)
     write_text(path / 'scores.csv' if path.is_dir() else path, table.to_csv(index=False))

@@ -7,7 +7,7 @@ import pandas as pd
 
 from guie.datasets import check_one_each, read_dataset
 from guie.errors import InputError
-from guie.files import whole_file
+from guie.files import literal, user_path, whole_file
 
 
 def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
@@ -77,7 +77,7 @@ class Splits(dict):
     @classmethod
     def load(cls, path):
         """The splits that `save` wrote."""
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(user_path(path), dtype=str, keep_default_na=False)
         return cls({name: part.drop(columns='split').reset_index(drop=True)
                     for name, part in table.groupby('split', sort=False)})
 
@@ -88,6 +88,7 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
     (query, index) to make choices on. What is not given is made of classes held out of the training data (`held_out` of them
     each, at most `most_held_out`): their images are dealt out in turn, one to the query, two to the index. A class that is
     both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all."""
+    train, selection = literal(train, list, tuple), literal(selection, list, tuple)
     given = [train] if isinstance(train, (str, os.PathLike)) else train
     frame = pd.concat([read_dataset(source, root) for source in given], ignore_index=True)
     splits = Splits()

@@ -8,8 +8,10 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,8 @@ from torchvision.transforms import PILToTensor
 
 from guie.checkpoints import load_run
 from guie.errors import FileError, InputError, MissingError
-from guie.files import progress_bar, whole_file
-from guie.images import read_image
+from guie.files import progress_bar, reason_of, user_path, whole_file
+from guie.images import ImageDataset
 from guie.model import Embedder
 from guie.projection import MAX_DIM, project
 from guie.retrieval import mean_precision_at_5
@@ -201,10 +203,12 @@ def save_traced(model, file):
 def export_submission(model, path, *, reference=None):
     """Write submission.zip for the host: `model` as saved_model.pt, TorchScript that PyTorch 1.11 runs.
     model: Submission, Embedder, or any module uint8 (1, 3, H, W) -> float32 (1, dim <= 64) of length 1. Operators and file
-    version are checked against 1.11's, and the reloaded file against the model (1e-5). reference: a table of images; a few
-    of them and their vectors are written beside it as reference.npz (images uint8 (n, 3, 96, 96), vectors). ValueError: a
-    model the host cannot use. OSError: nowhere to write; what stood at `path` stays until the new file is whole."""
-    path = Path(path, 'submission.zip') if Path(path).is_dir() else Path(path)
+    version are checked against 1.11's, and the reloaded file against the model (1e-5). reference: a table of images; the
+    first few that can be read and their vectors are written beside it as reference.npz (images uint8 (n, 3, 96, 96),
+    vectors). ValueError: a model the host cannot use. OSError: nowhere to write; what stood at `path` stays until the new
+    file is whole."""
+    path = user_path(path)
+    path = path / 'submission.zip' if path.is_dir() else path
     model = on_cpu(Submission([model]) if isinstance(model, Embedder) else model)
     with whole_file(path) as beside, tempfile.TemporaryDirectory(prefix='.submission-', dir=path.parent) as folder, \
             torch.no_grad(), warnings.catch_warnings():
@@ -215,11 +219,29 @@ def export_submission(model, path, *, reference=None):
             archive.write(file, 'saved_model.pt')
     print(f'{path}: {path.stat().st_size / 2**20:.1f} MB, {dim} dimensions, within {worst:.1g} of the model.')
     if reference is not None:
-        images = np.stack([np.asarray(read_image(image, 96)).transpose(2, 0, 1) for image in reference['path'].head(16)])
+        images = reference_images(reference)
         with torch.inference_mode():
             vectors = np.concatenate([model(torch.from_numpy(image)[None]) for image in images])
         with whole_file(path.with_name('reference.npz')) as beside:
             np.savez(beside, images=images, vectors=vectors)
+
+
+def reference_images(frame, count=16, size=96):
+    """The first images of a table that can be read: uint8 (count, 3, size, size). OSError if none can."""
+    dataset = ImageDataset(frame.assign(label=''), size)
+    items = ((dataset[i]['image'].numpy(), dataset.paths[i]) for i in range(len(dataset)))
+    images = [*islice((image for image, path in items if path not in dataset.unreadable), count)]
+    note_left_out(dataset.unreadable, frame['path'])
+    return np.stack(images)
+
+
+def note_left_out(unreadable, *tables):
+    """Prints how many images could not be read, the first by name; OSError if all of a table's paths are among them."""
+    for paths in tables if unreadable else ():
+        if {*paths} <= {*unreadable}:
+            raise FileError(f'None of {len({*paths})} images can be read, first {min(paths)}: check the data folder.')
+    if unreadable:
+        print(f'{len(unreadable)} images could not be read and were left out, first {unreadable[0]}')
 
 
 def load_submission(zip_path):
@@ -231,18 +253,25 @@ def load_submission(zip_path):
                 warnings.catch_warnings():
             warnings.simplefilter('ignore')  # as in export_submission
             return torch.jit.load(archive.extract('saved_model.pt', folder)).eval()
-    except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
+    except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, zlib.error) as error:
         raise InputError(f'{zip_path} is not a submission: it must be a zip with a TorchScript file '
                          'saved_model.pt at its root, as export_submission writes it.') from error
+    except OSError as error:
+        raise FileError(f'{zip_path} could not be unpacked into {tempfile.gettempdir()} ({reason_of(error)}): free some '
+                        f'space there, or check the file.') from error
 
 
-def host_vector(model, zip_path, path):
-    """What the host takes of the output for one image, flattened: float32 (dim,)."""
+def host_pixels(path):
+    """An image as the host decodes it: uint8 (3, H, W). OSError, naming the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            pixels = PILToTensor()(image.convert('RGB'))
+            return PILToTensor()(image.convert('RGB'))
     except Exception as error:  # decoders raise anything
-        raise FileError(f'{path} is not a readable image ({error}): leave it out of the table.') from error
+        raise FileError(f'{path} is not a readable image ({reason_of(error)})') from error
+
+
+def host_vector(model, zip_path, path, pixels):
+    """What the host takes of the output for one image, flattened: float32 (dim,)."""
     try:
         output, wrong = model(pixels[None]), ''
     except RuntimeError as error:
@@ -258,31 +287,54 @@ def host_vector(model, zip_path, path):
     return output.flatten().numpy()
 
 
-def evaluate_submission(zip_path, query_frame, index_frame):
+def host_vectors(model, zip_path, paths, max_unreadable):
+    """({path: vector} of the images that can be read, [paths of the others]); OSError if more than max_unreadable cannot."""
+    vectors, unreadable = {}, []
+    for path in progress_bar(paths, 'replay', unit=' images'):
+        try:
+            pixels = host_pixels(path)
+        except FileError as error:
+            unreadable.append(path)
+            if len(unreadable) > max_unreadable:
+                raise FileError(f'More than {max_unreadable} images (max_unreadable) cannot be read; the last: {error}.'
+                                ) from None
+        else:
+            vectors[path] = host_vector(model, zip_path, path, pixels)
+    return vectors, unreadable
+
+
+def evaluate_submission(zip_path, query_frame, index_frame, *, max_unreadable=None):
     """Replay the host: every image (columns path, label) through the file one by one, nearest by Euclidean distance, mP@5.
-    Prints images a second, reading included, and the hours that the host's 205,000 would take here. Returns a dict: mp5,
-    images_per_second, hours, dim, and the vectors query and index, float32 (n, dim)."""
-    model, paths = load_submission(zip_path), [*query_frame['path'], *index_frame['path']]
-    start = time.perf_counter()
+    Prints images a second, reading included, and the hours that the host's 205,000 would take here. Images that cannot be
+    read are left out and named; more than max_unreadable (None: 100, or one in a hundred), or all, raise OSError. Returns a
+    dict: mp5, images_per_second, hours, dim, the paths `unreadable`, and the vectors query and index of all others, float32
+    (n, dim)."""
+    zip_path, frames = user_path(zip_path), (query_frame, index_frame)
+    model, paths = load_submission(zip_path), dict.fromkeys([*query_frame['path'], *index_frame['path']])
+    most, start = max(100, len(paths) // 100) if max_unreadable is None else max_unreadable, time.perf_counter()
     with torch.no_grad():
-        vectors = [host_vector(model, zip_path, path) for path in progress_bar(paths, 'replay', unit=' images')]
-    rate = len(paths) / (time.perf_counter() - start)
-    if len({len(vector) for vector in vectors}) > 1:
+        vectors, unreadable = host_vectors(model, zip_path, paths, most)
+    rate = len(vectors) / (time.perf_counter() - start)
+    note_left_out(unreadable, *(frame['path'] for frame in frames))
+    if len({len(vector) for vector in vectors.values()}) > 1:
         raise InputError(f'{zip_path} gives vectors of different lengths for different images: export the model again.')
-    hours, vectors = HOST_IMAGES / rate / 3600, np.stack(vectors)
+    hours, frames = HOST_IMAGES / rate / 3600, [frame[frame['path'].isin(vectors)] for frame in frames]
     print(f'{rate:.1f} images/s one by one on this machine: {hours:.1f} h for the host\'s {HOST_IMAGES:,}, of the '
           f'{HOST_HOURS} h allowed.')
-    query, index = np.split(vectors, [len(query_frame)])
-    mp5 = mean_precision_at_5(query, query_frame['label'].to_numpy(), index, index_frame['label'].to_numpy())
-    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': vectors.shape[1], 'query': query, 'index': index}
+    query, index = (np.stack([vectors[path] for path in frame['path']]) for frame in frames)
+    mp5 = mean_precision_at_5(query, frames[0]['label'].to_numpy(), index, frames[1]['label'].to_numpy())
+    return {'mp5': mp5, 'images_per_second': rate, 'hours': hours, 'dim': query.shape[1], 'unreadable': unreadable,
+            'query': query, 'index': index}
 
 
 def replay_submission(path, splits, vectors, projection, *, objects=None):
     """evaluate_submission on some objects (None: all), beside the score of the notebook's own vectors (of embed_all) through
-    the submission's projection (n, d) -> (n, dim). Returns (splits, vectors) of what was replayed."""
+    the submission's projection (n, d) -> (n, dim). Returns (splits, vectors) of what was replayed, without images that
+    cannot be read."""
     rows = sample_objects(splits, objects)
+    replay = evaluate_submission(path, *(splits[part].iloc[rows[part]] for part in ('query', 'index')))
+    rows = {part: rows[part][~splits[part]['path'].iloc[rows[part]].isin(replay['unreadable'])] for part in rows}
     few = {part: splits[part].iloc[rows[part]].reset_index(drop=True) for part in rows}
-    replay = evaluate_submission(path, few['query'], few['index'])
     own = [part[rows[name]] for name, part in zip(('query', 'index'), project(vectors, replay['dim'], projection))]
     mp5 = mean_precision_at_5(own[0], few['query']['label'], own[1], few['index']['label'])
     print(f'mP@5 of the file {replay["mp5"]:.3f}, of the notebook {mp5:.3f}, on {len(few["query"])} queries')

@@ -2,6 +2,7 @@
 import json
 import re
 from collections import Counter
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pandas as pd
 import torch
 
 from guie.distributed import best_device
-from guie.errors import InputError
-from guie.files import progress_bar
+from guie.errors import InputError, MissingError
+from guie.files import did_you_mean, literal, progress_bar, reason_of, user_path
 from guie.projection import l2_normalise
 from guie.towers import load_open_clip
 
@@ -51,7 +52,11 @@ def load_text_tower(model_name, pretrained=''):
     model = load_open_clip(model_name, pretrained).eval()
     config = Path(model_name.removeprefix('local-dir:'), 'open_clip_config.json')
     words = json.loads(config.read_text()).get('words') if model_name.startswith('local-dir:') else None
-    tokenizer = WordTokenizer(words, model.context_length) if words else open_clip.get_tokenizer(model_name)
+    try:
+        tokenizer = WordTokenizer(words, model.context_length) if words else open_clip.get_tokenizer(model_name)
+    except Exception as error:  # some need another library, or a download
+        raise InputError(f'The tokenizer of {model_name} cannot be loaded ({reason_of(error)}): install what it names, turn '
+                         f'the internet on, or take another model.') from error
 
     @torch.inference_mode()
     def encode(texts, batch_size=256):
@@ -72,26 +77,67 @@ def read_vocabulary(source, weights=None):
     """Names of things: DataFrame kind, name, weight. source: a JSON file {kind: [names]}, or such a dict.
     weights: {kind: how much each of its names counts in a PCA}, 1 for the others. Blank names and names that were there
     before (in any kind, whatever their case) are dropped; how many is printed. ValueError for what is no vocabulary."""
-    try:
-        kinds = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding='utf-8'))
-        frame = pd.DataFrame([(kind, ' '.join(name.split())) for kind, names in kinds.items() for name in names],
-                             columns=['kind', 'name'])
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f'{source} is not a vocabulary, a JSON object of kinds with lists of names: {error}.') from None
-    if unknown := sorted(set(weights or {}) - set(frame['kind'])):
-        raise InputError(f'The vocabulary has no kind {unknown[0]!r} to weigh; its kinds are '
-                         f'{", ".join(pd.unique(frame["kind"]))}.')
-    frame['weight'] = frame['kind'].map(weights or {}).fillna(1).astype(np.float64)
+    kinds, called = (source, 'The vocabulary') if isinstance(source, dict) else (read_json(source), source)
+    if not isinstance(kinds, dict):
+        raise InputError(f'{called} is not a vocabulary, a JSON object of kinds with lists of names.')
+    for kind, names in kinds.items():
+        if isinstance(names, (str, dict)) or not np.iterable(names) or not all(isinstance(name, str) for name in names):
+            raise InputError(f'{called} is not a vocabulary: its kind {kind!r} must be a list of names.')
+    frame = pd.DataFrame([(kind, ' '.join(name.split())) for kind, names in kinds.items() for name in names],
+                         columns=['kind', 'name'], dtype=str)
     blank, again = frame['name'] == '', frame['name'].str.lower().duplicated()
+    if blank.all():
+        raise InputError(f'{called} holds no names.')
+    frame['weight'] = frame['kind'].map(kind_weights(weights, pd.unique(frame['kind']))).fillna(1).astype(np.float64)
     if blank.any() or again.any():
-        print(f'{source}: dropped {blank.sum()} blank names and {(again & ~blank).sum()} that were there before')
+        print(f'{called}: dropped {blank.sum()} blank names and {(again & ~blank).sum()} that were there before')
     return frame[~blank & ~again].reset_index(drop=True)
 
 
+def read_json(path):
+    """What a JSON file holds, in whatever encoding. FileNotFoundError; ValueError, naming the file, for one that is none."""
+    path = user_path(path)
+    if not path.is_file():
+        raise MissingError(f'There is no vocabulary {path}: check the path.')
+    content = path.read_bytes()
+    try:
+        try:
+            return json.loads(content)  # which tells UTF-8, with its mark or without, from UTF-16
+        except UnicodeDecodeError:
+            print(f'{path} is not UTF-8 and was read as latin-1, which editors in Western Europe write')
+            return json.loads(content.decode('latin-1'))
+    except ValueError as error:
+        raise InputError(f'{path} is not a vocabulary, a JSON object of kinds with lists of names: {error}.') from None
+
+
+def kind_weights(weights, kinds):
+    """{kind: weight} of a dict, or of its text; ValueError for another kind or what is no number."""
+    weights = literal(weights, dict) or {}
+    if not isinstance(weights, dict):
+        raise InputError(f"The weights of kinds are {weights!r}; give {{kind: weight}}, for example {{'landmarks': 2}}.")
+    for kind, weight in weights.items():
+        if kind not in kinds:
+            raise InputError(f'The vocabulary has no kind {kind!r} to weigh; its kinds are {", ".join(kinds)}.'
+                             f'{did_you_mean(kind, kinds)}')
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < np.inf:
+            raise InputError(f'The weight of the kind {kind!r} is {weight!r}; it must be a number of 0 or more.')
+    return weights
+
+
+def listed(templates):
+    """Templates as a list: None is TEMPLATES, one alone counts too, and so does the text that papermill makes of a list."""
+    read = TEMPLATES if templates is None else literal(templates, list, tuple)
+    return [read] if isinstance(read, str) or callable(read) else list(read)
+
+
 def text_vectors(encode, names, templates=None):
-    """Mean over the templates (None: TEMPLATES) of each name's unit text vector, again of length 1: float32 (n, d)."""
-    names, templates = list(names), TEMPLATES if templates is None else templates
-    if wrong := [template for template in templates if '{}' not in template]:
+    """Mean over the templates (None: TEMPLATES) of each name's unit text vector, again of length 1: float32 (n, d).
+    A template is a text with {} for the name, or a function name -> text, as open_clip's own."""
+    names, templates = [names] if isinstance(names, str) else list(names), listed(templates)
+    if not names or not templates:
+        raise InputError(f'There are no {"templates" if names else "names"}: give at least one.')
+    if wrong := [template for template in templates if not callable(template) and '{}' not in str(template)]:
         raise InputError(f'The template {wrong[0]!r} has no {{}} for the name.')
-    texts = [[template.format(name) for name in names] for template in templates]
+    texts = [[template(name) if callable(template) else template.replace('{}', name) for name in names]
+             for template in templates]
     return l2_normalise(sum(l2_normalise(encode(one)) for one in texts))

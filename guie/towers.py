@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from guie.errors import InputError
-from guie.files import did_you_mean, read_weights
+from guie.files import did_you_mean, read_weights, user_path
 
 BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
 STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
@@ -43,23 +43,24 @@ def weights_source(model_name, pretrained):
     if model_name not in open_clip.list_models():
         raise InputError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
     tags = open_clip.list_pretrained_tags_by_model(model_name)
-    tag, _, file = pretrained.partition('@') if '@' in pretrained else (pretrained, '', '')
+    pretrained = pretrained.strip()
+    tag, _, file = (pretrained, '', '') if user_path(pretrained).is_file() else pretrained.partition('@')
     if pretrained == 'random':
         return None, {}
     if tag in tags and file == 'random':
         return None, open_clip.get_pretrained_cfg(model_name, tag)
     if tag in tags and not file:
         return tag, open_clip.get_pretrained_cfg(model_name, tag)
-    path = file or pretrained
-    if not Path(path).is_file() or (file and tag not in tags):
+    path = user_path(file or pretrained)
+    if not path.is_file() or (file and tag not in tags):
         raise InputError(f'{pretrained!r} is neither a weights file nor a tag of {model_name}; its tags are '
-                         f'{", ".join(tags)} (or "tag@file" for a file downloaded earlier).')
+                         f'{", ".join(tags)} (or "tag@file" for a file downloaded earlier).{did_you_mean(tag, tags)}')
     facts = [open_clip.get_pretrained_cfg(model_name, known) for known in ([tag] if file else tags)]
     if any((f.get('mean'), f.get('std'), f.get('quick_gelu')) !=
            (facts[0].get('mean'), facts[0].get('std'), facts[0].get('quick_gelu')) for f in facts):
         raise InputError(f'{path} does not say how its images were normalised, and the weights of {model_name} '
                          f'differ in that: write "tag@{path}" with one of {", ".join(tags)}.')
-    return path, facts[0] if facts else {}
+    return str(path), facts[0] if facts else {}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from guie.config import Config
 from guie.distributed import any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
 from guie.embedding import selection_score
 from guie.errors import Diverged, FileError, InputError, MemoryFull, Stopped
-from guie.files import ATTACHED, progress_bar, state_hash, write_text
+from guie.files import ATTACHED, progress_bar, state_hash, user_path, write_text
 from guie.images import ImageDataset, loader
 from guie.losses import adaptive_margins, arcface_loss
 from guie.memory import fitted
@@ -54,7 +54,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     dataset = ImageDataset(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
                            replace=True, max_unreadable=config.max_unreadable)
     progress = Progress(epoch=epoch, data=selection_hash(train))
-    run = prepare(accelerator, config, model, Path(run_dir), progress, steps)
+    run = prepare(accelerator, config, model, user_path(run_dir), progress, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
     with run_lock(run.folder) if run.main else nullcontext(), stop_signal() as pressed, readable_errors(run, dataset):
         if run.main:
@@ -253,7 +253,7 @@ def write_unreadable(run, found):
 
 def write_job(config, splits, run_dir, **options):
     """Writes what `accelerate launch -m guie.training RUN_DIR` reads, on this machine or on several: RUN_DIR/job/."""
-    job = Path(run_dir) / 'job'
+    job = user_path(run_dir) / 'job'
     config.save(job / 'config.json')
     splits.save(job / 'splits.csv')
     write_text(job / 'options.json', json.dumps(options))

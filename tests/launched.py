@@ -13,7 +13,7 @@ import torch
 from guie import training
 from guie.distributed import rank_and_world_size, report_error
 from guie.embedding import selection_score
-from guie.errors import Stopped
+from guie.errors import InputError, Stopped
 from guie.sharding import is_sharded
 from guie.splits import Splits
 from tests.runs import CONFIG, HALF, SAVING, new_model, one_step, watch_half, without_dropout
@@ -68,7 +68,7 @@ def refuse(folder):
     (folder / f'printed {rank}').touch()
     while len(list(folder.glob('printed *'))) < processes:  # else the first one's end may come before the other's beginning
         time.sleep(.01)
-    raise ValueError(f'The words of process {rank}.')
+    raise InputError(f'The words of process {rank}.')
 
 
 def main(folder):

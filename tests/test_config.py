@@ -5,6 +5,7 @@ import math
 import re
 from html import unescape
 
+import numpy as np
 import open_clip
 import pytest
 
@@ -65,6 +66,67 @@ def test_an_override_of_none_keeps_the_value_and_a_replacement_by_none_does_not(
     config = Config(n_classes=7)
     assert config.override(n_classes=None) == config and config.override(n_classes=9).n_classes == 9
     assert config.replace({'n_classes': None}).n_classes is None and config.n_classes == 7
+
+
+# What a notebook's OVERRIDES hold
+
+OVERRIDES = {  # as given: a dict, JSON, Python
+    'a seed': ({'seed': 6}, '{"seed": 6}', "{'seed': 6}"),
+    'none': ({'n_classes': None, 'workers': None}, '{"n_classes": null, "workers": null}',
+             "{'n_classes': None, 'workers': None}"),
+    'flags': ({'head_norm': True, 'shard': False}, '{"head_norm": true, "shard": false}',
+              "{'head_norm': True, 'shard': False}"),
+    'pairs': ({'layer_lrs': ((5, 1e-4), (9, 1e-3))}, '{"layer_lrs": [[5, 1e-4], [9, 1e-3]]}',
+              "{'layer_lrs': ((5, 0.0001), (9, 0.001))}", {'layer_lrs': '((5, 0.0001), (9, 0.001))'}),
+    'stages': ({'stages': ({'trains': 'head'}, {'epochs': 2})}, '{"stages": [{"trains": "head"}, {"epochs": 2}]}',
+               "{'stages': ({'trains': 'head'}, {'epochs': 2})}", {'stages': "({'trains': 'head'}, {'epochs': 2})"}),
+    'nothing': ({}, '{}', None, '')}
+
+
+@pytest.mark.parametrize('same', OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides_are_a_dict_or_its_text_with_any_field(same):
+    wanted = Config(augmentation='cutout').replace(same[0])
+    for given in same:
+        assert Config().override(given, augmentation='cutout', seed=None) == wanted, given
+
+
+@pytest.mark.parametrize('given', ['epochs=1', '{"epochs": ', "{'epochs'}", '{epochs: 1}', 'dict(epochs=1)', [1], 7,
+                                   [('a', 1)], '__import__("os").getcwd()'], ids=str)
+def test_overrides_that_are_no_dict_are_one_sentence(given):
+    with pytest.raises(ValueError, match=r'^OVERRIDES is .*; give {field: value}, for example') as error:
+        Config().override(given)
+    assert '\n' not in str(error.value) and repr(given) in str(error.value)
+
+
+def test_a_value_given_twice_is_one_sentence_unless_it_is_the_same():
+    assert Config().override({'seed': 6}, seed=6).seed == 6
+    with pytest.raises(ValueError, match='^seed is given twice, as 7 and in OVERRIDES as 6: give it once.$'):
+        Config().override({'seed': 6}, seed=7)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'epoch': 2}, "no field 'epoch'. Did you mean epochs"), ("{'sead': 2}", "no field 'sead'. Did you mean seed"),
+    ({'augmentation': 'cutuot'}, 'Did you mean cutout'), ({'augmentation': 'Flip'}, 'Did you mean flip'),
+    ({'precision': 'bf-16'}, 'Did you mean bf16'), ({7: 1}, 'no field 7'),
+    ({'layer_lrs': '((5, 1e-4)'}, r"layer_lrs is '\(\(5, 1e-4\)'; give"),  # a text looks like one
+    ({'layer_lrs': '((5.5, 0.1),)'}, r'layer_lrs is \(\(5.5, 0.1\),\); give'), ({'stages': "({'epoch': 1},)"}, "'epoch'")])
+def test_a_wrong_override_names_what_was_meant(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Config().override(change)
+    assert '\n' not in str(error.value)
+
+
+def test_numpys_numbers_are_numbers_and_saved_as_pythons(tmp_path):
+    given = {'n_classes': np.int64(5), 'scale': np.float32(16), 'head_lr': np.float64(.5), 'epochs': np.uint8(2),
+             'head_norm': np.bool_(True), 'trains': np.str_('head'), 'layer_lrs': [(np.int32(3), np.float32(.25))],
+             'stages': ({'epochs': np.int64(1)},)}
+    config = Config().override(given)
+    config.save(tmp_path / 'config.json')
+    assert Config.load(tmp_path / 'config.json') == config
+    assert {type(value) for value in dataclasses.asdict(config).values()} <= {int, float, bool, str, tuple, type(None)}
+    for name, value in (('epochs', np.bool_(True)), ('epochs', np.float64(1)), ('scale', np.float32('nan')), ('seed', True)):
+        with pytest.raises(ValueError, match=f'^Config.{name} is .*; it must be'):
+            Config().override({name: value})
 
 
 # The file of a configuration
@@ -190,6 +252,19 @@ def test_a_notebook_shows_every_field_once_with_its_value():
     assert [(name, unescape(value)) for name, value in pairs] == expected and '&lt;b&gt;file' in html
 
 
+@pytest.mark.parametrize('first, second, alike', [
+    ('tag@/kaggle/input/w/file.bin', 'tag@/kaggle/input/datasets/me/w/file.bin', True),
+    ('/kaggle/input/w/file.bin', '~/w/file.bin', True), ('file.bin', '/w/file.bin', True),
+    ('/me@home/f.bin', '/you/f.bin', True),
+    ('tag@/w/file.bin', 'other@/w/file.bin', False), ('tag@/w/file.bin', 'tag@/w/other.bin', False), ('tag', 'other', False),
+    ('tag', 'random', False), ('tag@/w/file.bin', '/w/file.bin', False)])
+def test_the_same_weights_in_another_folder_are_no_other_configuration(first, second, alike):
+    found = different_fields(Config(pretrained=first), Config(pretrained=second))
+    assert found == ([] if alike else [f'pretrained: {first}, now {second}'])
+    towers = [Config(model_name=f'{kind}{name}') for kind in ('local-dir:', 'hf-hub:') for name in ('a/clip', 'b/clip')]
+    assert not different_fields(*towers[:2]) and different_fields(*towers[2:])
+
+
 TOWERS = {  # notebook: last block of each learning rate, image size, tower by default, tower of the published run
     'train_vit_h_224': ((10, 20, 26, 32), 224, ('ViT-H-14', 'laion2b_s32b_b79k'), ('ViT-H-14', 'laion2b_s32b_b79k')),
     'train_vit_l_336': ((8, 16, 20, 24), 336, ('ViT-L-14', 'laion2b_s32b_b82k'), ('ViT-L-14-336', 'openai'))}
@@ -213,5 +288,5 @@ def test_the_notebooks_configurations_are_the_published_recipe(notebook, solutio
 
 
 def test_an_unknown_solution_is_one_sentence():
-    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None"):
+    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None. Did you mean place4"):
         Config().reproduce('place1', 'vit_h_224')

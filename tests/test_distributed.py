@@ -208,8 +208,26 @@ LOST = '["RuntimeError", "RuntimeError: [pair.cc:561] Connection closed by peer 
 @pytest.mark.parametrize('left, complaints, kind, words', [
     ('["MemoryFull", "The GPU is full."]', FAILED.format('1'), MemoryError, 'The GPU is full.'),
     ('["RuntimeError", "KeyError: 5"]', FAILED.format('1'), RuntimeError, 'KeyError: 5'),
-    ('', FAILED.format('-9'), RuntimeError, 'One of 2 processes was killed'),
-    (LOST, FAILED.format('-11'), RuntimeError, 'One of 2 processes was killed'),  # the reason, and not what it led to
+    ('', FAILED.format('-9'), RuntimeError, 'One of 2 processes was killed, most likely because memory ran out'),
+    ('', FAILED.format('-9') + FAILED.format('-6'), RuntimeError, 'One of 2 processes was killed, most likely'),
+    (LOST, FAILED.format('-15') + FAILED.format('-9'), RuntimeError, 'One of 2 processes was killed, most likely'),
+    ('', 'forcefully exiting via SIGKILL\n' + FAILED.format('-9') + 'ImportError: none\n' + FAILED.format('1'), RuntimeError,
+     '2 processes could not be started or ended early: ImportError: none'),  # the launcher killed the other
+    ('', FAILED.format('-15') + 'what():  CUDA error\nc10.Error: lost\n' + FAILED.format('-6'), RuntimeError,
+     'One of 2 processes was killed by SIGABRT (c10.Error: lost): run this cell again'),
+    (LOST, FAILED.format('-11'), RuntimeError, 'One of 2 processes was killed by SIGSEGV'),
+    ('', FAILED.format('-7'), RuntimeError, 'One of 2 processes was killed by SIGBUS'),
+    (LOST, 'ConnectionError: Connection reset by peer\nOSError: no port\n' + FAILED.format('1'), RuntimeError,
+     '2 processes could not be started or ended early: OSError: no port'),
+    (LOST, '', RuntimeError, '2 processes could not be started or ended early: RuntimeError: [pair.cc:561] Connection'),
+    ('["InputEr', 'SystemExit: none\nValueError: a full disk cut the report', RuntimeError,
+     '2 processes could not be started or ended early: ValueError: a full disk cut the report'),
+    ('', '[rank1]: Traceback (most recent call last):\n[rank1]:   File "x", line 1, in <module>\n[rank1]: Odd: words\n',
+     RuntimeError, '2 processes could not be started or ended early: Odd: words'),
+    ('', 'Traceback (most recent call last):\n  File "x", line 1, in f\n    assert False\nAssertionError\n', RuntimeError,
+     '2 processes could not be started or ended early: AssertionError'),
+    ('', '/usr/bin/python: No module named accelerate\n', RuntimeError,
+     '2 processes could not be started or ended early: /usr/bin/python: No module named accelerate'),
     ('', '/a.py:3: UserWarning: old\n  Traceback\nImportError: no bitsandbytes\n' + FAILED.format('1'), RuntimeError,
      '2 processes could not be started or ended early: ImportError: no bitsandbytes'),
     ('', 'usage: accelerate\naccelerate: error: unrecognized arguments: --x', RuntimeError,
@@ -220,7 +238,32 @@ def test_the_first_reason_is_what_is_raised(tmp_path, left, complaints, kind, wo
         (tmp_path / 'error.json').write_text(left)
     with pytest.raises(kind) as error:
         raise_launched_error(tmp_path, 1, complaints, 2)
-    assert type(error.value) is kind and str(error.value).startswith(words) and '\n' not in str(error.value)
+    assert isinstance(error.value, kind) and str(error.value).startswith(words) and '\n' not in str(error.value)
+
+
+DEATHS = {  # what a process does, what the notebook is told
+    'import no_such_thing': 'ended early: ModuleNotFoundError: No module named .no_such_thing',
+    'assert False': 'ended early: AssertionError', 'import os; os.abort()': 'One of 2 processes was killed by SIGABRT',
+    'import os; os._exit(3)': 'exitcode: 3',
+    'import os; os.kill(os.getpid(), 9)': 'One of 2 processes was killed, most likely because memory ran out'}
+
+
+@pytest.mark.parametrize('death', DEATHS)
+def test_how_a_process_really_ends_is_what_is_told(tmp_path, monkeypatch, death):
+    (tmp_path / 'dying.py').write_text(f'import os, time\nif os.environ["RANK"] == "1":\n    {death}\ntime.sleep(60)\n')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    with pytest.raises(RuntimeError, match=DEATHS[death]) as error:
+        launch('dying', tmp_path, 2)
+    assert '\n' not in str(error.value)
+
+
+def test_a_launcher_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, 'Cannot allocate memory')
+
+    monkeypatch.setattr(distributed.subprocess, 'Popen', refuse)
+    with pytest.raises(RuntimeError, match='^2 processes could not be started: Cannot allocate memory.$'):
+        launch('tests.launched', tmp_path, 2)
 
 
 def test_processes_that_end_well_raise_nothing(tmp_path):
@@ -229,6 +272,7 @@ def test_processes_that_end_well_raise_nothing(tmp_path):
 
 @pytest.mark.parametrize('raised, kept', [(Stopped('run: stopped.'), ['Stopped', 'run: stopped.']),
                                           (KeyError('x'), ['KeyError', "KeyError: 'x'"]),
+                                          (RuntimeError('CUDA:\n odd'), ['RuntimeError', 'RuntimeError: CUDA: odd']),
                                           (KeyboardInterrupt(), ['KeyboardInterrupt', ''])])
 def test_the_first_error_of_all_processes_is_kept_and_each_is_printed(tmp_path, raised, kept):
     def work():

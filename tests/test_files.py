@@ -6,12 +6,14 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
 from safetensors.torch import save_file
 
-from guie import files
+from guie import checkpoints, datasets, embedding, files, plots, retrieval, splits, submission
+from guie.config import Config
 from guie.files import progress_bar
 
 
@@ -218,3 +220,91 @@ def test_a_saved_notebook_keeps_one_line_of_a_bar(options, kept):
 
 def test_a_terminal_gets_tqdm(capsys):
     assert list(progress_bar(range(3), 'work')) == [0, 1, 2] and '3/3' in capsys.readouterr().out
+
+
+# What people and papermill write
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, a variable that names it too, and a folder in it to stand in."""
+    for name, value in (('HOME', tmp_path), ('DATA', tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / 'here' / ' blank ').mkdir(parents=True)
+    (tmp_path / 'here' / '$x.csv').touch()
+    monkeypatch.chdir(tmp_path / 'here')
+    return tmp_path
+
+
+@pytest.mark.parametrize('written, meant', [
+    ('~/runs', '{0}/runs'), ('~', '{0}'), (' ~/runs/x\n', '{0}/runs/x'), ('$HOME/runs', '{0}/runs'),
+    ('${DATA}/a b/c.csv', '{0}/a b/c.csv'), (Path('~/runs'), '{0}/runs'), (Path(' runs ') / 'x', 'runs/x'),
+    (' runs', 'runs'), (' {0}/here ', '{0}/here'), ('{0}/none ', '{0}/none'),
+    (' blank ', ' blank '), ('$x.csv', '$x.csv'), ('$NONE/x', '$NONE/x'),
+    ('a/~/b', 'a/~/b'), ('runs/5 $', 'runs/5 $'), ('', '.'), ('.', '.'), ('/', '/')], ids=repr)
+def test_a_path_is_what_people_mean_by_it(home, written, meant):
+    written = type(written)(str(written).replace('{0}', str(home)))
+    assert files.user_path(written) == Path(meant.replace('{0}', str(home)))
+
+
+def test_a_file_is_written_where_its_path_means(home):
+    files.write_text('~/runs/a.txt', 'text')
+    files.write_text(' $DATA/b.txt ', 'text')
+    assert (home / 'runs/a.txt').read_text() == (home / 'b.txt').read_text() == 'text' and not Path('~').exists()
+
+
+@pytest.mark.parametrize('text, held', [
+    ("{'epochs': 1}", {'epochs': 1}), ('{"head_norm": true, "n_classes": null}', {'head_norm': True, 'n_classes': None}),
+    ("{'stages': ({'trains': 'head'}, {}), 'n_classes': None}", {'stages': ({'trains': 'head'}, {}), 'n_classes': None}),
+    (' {"a": [1, 2.5]}\n', {'a': [1, 2.5]}), ("['a', 'b']", ['a', 'b']), ('(1, (2, 3))', (1, (2, 3)))])
+def test_the_text_of_a_dict_list_or_tuple_is_read(text, held):
+    assert files.literal(text, dict, list, tuple) == held == files.literal(held, dict, list, tuple)
+
+
+@pytest.mark.parametrize('text', ['products-10k', '2022', 'a.csv', "{'epochs': 1", 'dict(a=1)', '__import__("os").getcwd()',
+                                  '{[]: 1}', '', 'None', '(' * 9999, 7, None])
+def test_any_other_value_stays_as_it_is(text):
+    assert files.literal(text, dict, list, tuple) is text
+
+
+@pytest.mark.parametrize('name, names, words', [
+    ('epoch', ['epochs', 'seed'], ' Did you mean epochs?'), ('CUTOUT', ['flip', 'cutout'], ' Did you mean cutout?'),
+    ('vit-h-14', ['ViT-H-14', 'RN50'], ' Did you mean ViT-H-14?'), ('zebra', ['flip'], ''), (7, ['flip'], ''),
+    (None, [], '')])
+def test_a_near_name_is_suggested(name, names, words):
+    assert files.did_you_mean(name, names) == words
+
+
+@pytest.mark.parametrize('error, words', [
+    (OSError(28, 'No space left on device', 'x'), 'No space left on device'), (OSError('odd'), 'odd'),
+    (OSError(), 'OSError'), (RuntimeError('first\nsecond'), 'first'), (RuntimeError(''), 'RuntimeError')])
+def test_the_reason_of_an_error_is_one_line(error, words):
+    assert files.reason_of(error) == words
+
+
+def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
+    (home / 'data').symlink_to(tiny_world)
+    for source, root in ((' ~/data/train.csv ', None), ('$HOME/data/train.csv', '~/data'),
+                         ('~/data/train.csv', ' $DATA/data')):
+        assert len(datasets.read_dataset(source, root)) == len(train)
+        parts = splits.load_data(source, config=Config(min_images=1), root=root)
+    listed = splits.load_data("['~/data/train.csv']", selection="('~/data/train.csv', '$HOME/data/train.csv')",
+                              config=Config(min_images=1))  # as papermill passes a list and a tuple
+    assert len(listed['selection_query']) == len(train) and set(listed) == set(parts)
+    assert len(datasets.list_images('~/data')) == len(train)
+    table = pd.DataFrame({'stage': ['a'], 'mp5': [.5]})
+    retrieval.save_scores(table, ' ~/scores.csv')
+    checkpoints.save_state({'tower.a': torch.ones(2)}, '~/runs/h_x/model.safetensors')
+    for path in ('~/runs/h_x', ' $DATA/runs/h_x/model.safetensors'):
+        assert checkpoints.open_checkpoint(path).name == 'h_x'
+    assert len(checkpoints.list_runs('~/runs')) == 1
+    for towers in (['h'], "['h']", 'h'):
+        assert len(checkpoints.find_ingredients('~/runs', towers, search=())['h']) == 1
+    architecture = "{'h': {'model_name': 'ViT-S-32-alt', 'pretrained': 'random', 'image_size': 32}}"
+    assert len(checkpoints.find_ingredients('x', ['h'], "{'h': ['~/runs/h_x']}", architecture)['h']) == 1
+    embedding.save_vectors('~/v.npz', np.ones((1, 2)), np.array(['a']), 'key')
+    assert embedding.cached_vectors(' ~/v.npz', np.array(['a']), 'key') is not None
+    with pytest.raises(ValueError, match='is not a submission'):
+        submission.load_submission(files.user_path('~/scores.csv'))
+    plots.plot_logs(['~/runs/h_x'])
+    assert (home / 'scores.csv').exists() and [path.name for path in Path().iterdir() if '~' in path.name] == []

@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -12,7 +13,7 @@ import torch
 from guie import memory
 from guie.config import Config
 from guie.losses import arcface_loss
-from guie.memory import fitted, memory_plan, training_plan
+from guie.memory import RESERVE, fitted, memory_plan, training_plan
 from guie.model import Embedder, SubcenterHead, param_groups
 from guie.recipes import follow_recipe
 from guie.towers import TowerSpec, build_tower, checkpoint_activations
@@ -112,6 +113,40 @@ def test_a_gpu_gets_the_largest_batch_without_recomputing_or_else_with(monkeypat
     assert (config.batch_size, config.checkpoint_activations) == (size, recompute)
 
 
+def cards(monkeypatch, *sizes, integrated=False):
+    """GPUs of so many GB, as PyTorch shows them: those that CUDA_VISIBLE_DEVICES leaves, or parts of one (MIG)."""
+    shown = [SimpleNamespace(total_memory=size * 10**9, name=f'card of {size} GB', is_integrated=integrated)
+             for size in sizes]
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(shown))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda number: shown[number])
+    monkeypatch.setattr(memory.psutil, 'virtual_memory', lambda: SimpleNamespace(available=50 * 10**9))
+
+
+@pytest.mark.parametrize('sizes, integrated, room, words', [
+    ((), False, 50e9, 'free on this machine'), ((10,), False, 10e9 - RESERVE, 'of one card of 10 GB, less 1 GiB for CUDA'),
+    ((80, 24), False, 24e9 - RESERVE, 'of one card of 24 GB, less 1 GiB'),
+    ((128,), True, 50e9 - RESERVE, 'free on this machine, which its card of 128 GB shares'),
+    ((8,), True, 8e9 - RESERVE, 'free on this machine, which its card of 8 GB shares')])
+def test_the_memory_there_is_is_that_of_the_smallest_gpu_that_is_seen(monkeypatch, sizes, integrated, room, words):
+    cards(monkeypatch, *sizes, integrated=integrated)
+    found, said = memory.available_memory()
+    assert found == room and said.startswith(words)
+
+
+@pytest.mark.parametrize('error', [
+    RuntimeError('The NVIDIA driver on your system is too old\nupdate it'), RuntimeError(''),
+    RuntimeError('No CUDA GPUs are available'), AssertionError('Torch not compiled with CUDA')])
+def test_a_gpu_that_cannot_be_asked_is_named_and_the_machines_memory_is_planned_for(monkeypatch, error):
+    def refuse(number):
+        raise error
+
+    cards(monkeypatch, 16)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', refuse)
+    monkeypatch.setenv('PATH', '')  # nor is there an nvidia-smi
+    found, said = memory.available_memory()
+    assert found == 50e9 and said.startswith('free on this machine, whose GPU PyTorch cannot use: ') and '\n' not in said
+
+
 @pytest.mark.parametrize('given', [{'batch_size': 2}, {'checkpoint_activations': True}, {'effective_batch': 12}])
 def test_what_the_configuration_says_is_kept_and_a_cpu_takes_8_images(given):
     config = fitted(Config(**given), mid_size(), 1)
@@ -158,3 +193,9 @@ def test_a_disk_too_small_for_two_checkpoints_is_named_before_the_first_step(tmp
         training_plan(MID_SIZE, model, tmp_path / 'run', memory=1e12, disk=disk)
         said = capsys.readouterr().out
         assert words in said and bool(words) == ('do not fit on the disk' in said)
+
+
+def test_a_drive_that_does_not_say_how_much_is_free_is_not_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory.shutil, 'disk_usage', lambda place: SimpleNamespace(total=0, used=0, free=0))
+    training_plan(MID_SIZE.override(batch_size=8, effective_batch=8), mid_size(), tmp_path / 'run', memory=1e12)
+    assert 'do not fit' not in capsys.readouterr().out

@@ -1,4 +1,6 @@
 """Every figure shows what it is given."""
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,6 +100,35 @@ def test_neighbours_are_framed_by_whether_they_show_the_object_half_of_them_rows
         label, = (query.label for query in splits['query'].itertuples() if is_shown(row[0], [query.path]))
         own = splits['index']['path'][splits['index']['label'] == label]
         assert [colour == right for colour in frames_of(row[1:])] == [is_shown(axis, own) for axis in row[1:]]
+
+
+@pytest.mark.parametrize('content', [None, b'', b'\xff\xd8\xff', b'no image'], ids=['absent', 'empty', 'torn', 'text'])
+def test_an_unreadable_image_is_a_marked_black_one_and_named_once(circle, tmp_path, content, capsys):
+    splits, vectors = circle
+    bad = str(tmp_path / 'bad.jpg')
+    if content is not None:
+        Path(bad).write_bytes(content)
+    first = splits['index']['label'] == splits['query']['label'].iloc[0]
+    splits['index'] = splits['index'].assign(path=splits['index']['path'].mask(first, bad))
+    splits['query'] = splits['query'].assign(path=[bad, *splits['query']['path'].iloc[1:]])
+    plots.show_neighbours(splits, vectors, size=32, rows=12)
+    marked = [axis for axis in plt.gcf().axes if axis.texts]
+    assert len(marked) >= 6 and all(not shown(axis).any() for axis in marked)
+    assert all(shown(axis).any() for axis in plt.gcf().axes if not axis.texts)
+    said = f'1 images of this figure could not be read, first {bad}; they are shown black, with a cross.\n'
+    assert capsys.readouterr().out == said
+    plots.show_augmentation(splits['query'], 32, 'flip', count=12)
+    assert [bool(axis.texts) for axis in plt.gcf().axes].count(True) == 4 and capsys.readouterr().out == said
+
+
+def test_a_figure_of_unreadable_images_alone_is_one_sentence(circle):
+    splits, vectors = circle
+    gone = {part: frame.assign(path=[f'/none/{part}{i}.jpg' for i in range(len(frame))]) for part, frame in splits.items()}
+    for draw in (lambda: plots.show_neighbours(gone, vectors, size=32),
+                 lambda: plots.show_augmentation(gone['query'], 32, 'flip')):
+        with pytest.raises(OSError, match='^None of the .* images of this figure can be read, first /none/') as error:
+            draw()
+        assert '\n' not in str(error.value) and not plt.get_fignums()
 
 
 def test_with_fewer_than_five_index_images_all_of_them_are_shown(circle):

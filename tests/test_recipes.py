@@ -143,3 +143,11 @@ def test_margins_grow_every_epoch_also_over_stages(splits, tmp_path, monkeypatch
     steps = 4 * 2  # of an epoch, two batches a step
     assert used == pytest.approx([.275] * steps + [.375] * steps + [.475] * steps) and len(used) == 3 * steps
     assert adaptive_margins([6] * 12)[0].item() == pytest.approx(.275, rel=1e-6)
+
+
+@pytest.mark.parametrize('name, meant', [
+    ('lpft', 'lp-ft'), ('Place4', 'place4'), ('hires', 'hi-res'), ('locked_head', 'locked-head')])
+def test_a_misspelt_recipe_is_one_sentence_with_the_one_that_was_meant(name, meant):
+    with pytest.raises(ValueError, match=f'^There is no recipe {name!r}; choose .* Did you mean {meant}') as error:
+        follow_recipe(Config(), name)
+    assert '\n' not in str(error.value)

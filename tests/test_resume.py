@@ -1,4 +1,6 @@
 """Resume: whatever happens to a long run, what it saved is not lost, and it ends in the weights of an uninterrupted one."""
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import other as accelerate_files
 from filelock import FileLock
 from runs import (
@@ -269,10 +272,37 @@ def test_on_a_disk_without_locks_a_run_trains_and_says_that_none_protects_it(tra
     assert (tmp_path / 'run/model.safetensors').exists()
 
 
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_network_drive_without_locks_is_no_second_run(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    for _ in range(2):  # nothing is left that a later session would take for another run
+        with run_lock(tmp_path / 'run'):
+            assert 'run is on a disk without locks: do not start a second run of this name.' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_what_a_drive_says_of_a_lock_is_told_as_it_is(tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    for owner, name in ((fcntl, 'flock'), (FileLock, 'acquire'), (Path, 'mkdir')):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+            patch.setattr(owner, name, refuse)
+            with run_lock(tmp_path / 'run'):
+                pytest.fail('it was locked')
+        assert str(error.value) == (
+            f'{tmp_path}/run cannot be written or locked ({os.strerror(number)}): choose another OUT_DIR.')
+
+
+def test_a_lock_that_cannot_be_given_back_does_not_end_a_finished_run(tmp_path, monkeypatch):
+    with run_lock(tmp_path / 'run'):
+        monkeypatch.setattr(fcntl, 'flock', lambda *_: (_ for _ in ()).throw(OSError(errno.ESTALE, 'gone')))
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(train, tmp_path):
     (tmp_path / 'file').write_text('')
     for place in (tmp_path / 'file/run', Path('/proc/run'), Path('/sys/run')):
-        with pytest.raises(OSError, match=f'{place} cannot be written .* choose another OUT_DIR') as error:
+        with pytest.raises(OSError, match=f'{place} cannot be written or locked .* choose another OUT_DIR') as error:
             fit(SAVING, small_model(), train, place)
         assert is_one_sentence(error)
 
@@ -322,6 +352,28 @@ def test_a_full_disk_when_the_run_must_stop_is_an_error_and_the_older_state_resu
     assert states_of(tmp_path / 'run') == ['step-00000002', 'step-00000001']
     fit(SAVING, new_model(), train, tmp_path / 'run')
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('error, told', [
+    (OSError(errno.ENOSPC, 'No space left on device', 'x'), 'could not be saved (No space left on device)'),
+    (OSError(errno.EDQUOT, 'Disk quota exceeded'), 'could not be saved (Disk quota exceeded)'),
+    (RuntimeError('[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598'), 'could not be saved ([enforce'),
+    (RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed'), 'could not be saved (Pytorch'),
+    (OSError(), 'could not be saved (OSError)'),
+    (torch.OutOfMemoryError('CUDA out of memory.'), None), (RuntimeError('CUDA error: device-side assert'), None),
+    (RuntimeError(''), None)])
+def test_a_save_that_fails_tells_a_full_disk_from_other_faults(train, tmp_path, capsys, monkeypatch, error, told):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Accelerator, 'save_state', refuse)
+    if told:
+        fit(SAVING, small_model(), train, tmp_path / 'run')
+        assert f'the state after step 1 {told}' in capsys.readouterr().out
+        return
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        fit(SAVING, small_model(), train, tmp_path / 'run')
+    assert 'space' not in str(raised.value) and 'could not be saved' not in capsys.readouterr().out
 
 
 def test_a_disk_too_full_for_the_log_does_not_stop_the_run_and_no_row_is_lost(
@@ -431,9 +483,14 @@ def test_an_attached_state_of_another_configuration_is_left_alone_and_said_so(tr
     fit(SAVING.override(seed=7), small_model(), train, tmp_path / 'run', search=[tmp_path / 'input'])
     printed = capsys.readouterr().out
     assert 'has another configuration (seed: 5, now 7) and is left alone' in printed and 'resumes' not in printed
-    (tmp_path / 'input/run/config.json').unlink()
-    fit(SAVING, small_model(), train, tmp_path / 'new/run', search=[tmp_path / 'input'])
-    assert 'no configuration' in capsys.readouterr().out and (tmp_path / 'new/run/model.safetensors').exists()
+    for number, (content, words) in enumerate(((None, 'There is no configuration'), ('{', 'is not a configuration'))):
+        (tmp_path / 'input/run/config.json').unlink()
+        if content:
+            (tmp_path / 'input/run/config.json').write_text(content)
+        fit(SAVING, small_model(), train, tmp_path / f'new{number}/run', search=[tmp_path / 'input'])
+        printed = capsys.readouterr().out
+        assert 'input/run is left alone: ' in printed and words in printed and 'another configuration' not in printed
+        (tmp_path / 'input/run/config.json').touch()
 
 
 def test_of_attached_states_the_newest_whole_one_is_taken(train, tmp_path, capsys):

@@ -520,11 +520,71 @@ def test_an_absent_submission_is_named(world, tmp_path):
             evaluate_submission(path, *world[1:])
 
 
-@pytest.mark.parametrize('name', ['torn.jpg', 'absent.jpg', 'cut.png'])
-def test_an_unreadable_image_is_named(world, tmp_path, name):
+UNREADABLE = {'torn.jpg': b'\xff\xd8\xff', 'absent.jpg': None, 'cut.png': 500, 'empty.jpg': b'', 'text.png': b'no image'}
+
+
+def spoiled(name, folder, whole):
+    """An image file that cannot be read."""
+    content = UNREADABLE[name]
+    content = Path(whole).read_bytes()[:-content] if isinstance(content, int) else content
+    (folder / name).unlink(missing_ok=True) if content is None else (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize('name', UNREADABLE)
+def test_an_unreadable_image_is_left_out_of_a_replay_and_named_once(world, tmp_path, name, capsys):
     zip_path, query, index = world
-    (tmp_path / 'torn.jpg').write_bytes(b'\xff\xd8\xff')
-    (tmp_path / 'cut.png').write_bytes(Path(index['path'].iloc[0]).read_bytes()[:-500])
-    query = pd.concat([query, pd.DataFrame([{'path': str(tmp_path / name), 'label': 'object 1'}])])
-    with pytest.raises(OSError, match=f'{name} is not a readable image .*leave it out of the table'):
+    path = spoiled(name, tmp_path, index['path'].iloc[0])
+    bad = pd.DataFrame([{'path': path, 'label': 'object 1', 'domain': 'test'}])
+    report, whole = evaluate_submission(zip_path, pd.concat([bad, query, bad]), pd.concat([index, bad])), \
         evaluate_submission(zip_path, query, index)
+    assert capsys.readouterr().out.count(f'1 images could not be read and were left out, first {path}\n') == 1
+    assert report['unreadable'] == [path] and whole['unreadable'] == [] and report['mp5'] == whole['mp5']
+    assert all(np.array_equal(report[part], whole[part]) for part in ('query', 'index'))
+
+
+def test_a_replay_compares_with_the_notebooks_vectors_of_the_same_images(world, tmp_path, capsys):
+    zip_path, query, index = world
+    bad = pd.DataFrame([{'path': str(tmp_path / 'absent.jpg'), 'label': 'object 1', 'domain': 'test'}])
+    splits = {'query': pd.concat([bad, query], ignore_index=True), 'index': pd.concat([bad, index], ignore_index=True)}
+    own = {part: np.concatenate([np.full((1, 8), 8 ** -.5, np.float32), vectors_of(clip(dim=8), splits[part].iloc[1:])])
+           for part in splits}
+    few, replay = replay_submission(zip_path, splits, own, lambda wide: wide)
+    assert [len(few[part]) == len(replay[part]) == len(splits[part]) - 1 for part in few] == [True, True]
+    of_file, of_notebook = re.search(r'of the file ([.\d]+), of the notebook ([.\d]+)', capsys.readouterr().out).groups()
+    assert of_file == of_notebook
+
+
+def test_too_many_or_only_unreadable_images_are_one_sentence(world, tmp_path):
+    zip_path, query, index = world
+    bad = query.assign(path=[str(tmp_path / f'{i}.jpg') for i in range(len(query))])
+    for frames, options, words in (
+            ((bad, index), {}, 'None of 8 images can be read, first .*0.jpg: check the data folder.'),
+            ((query, bad), {}, 'None of 8 images can be read'),
+            ((pd.concat([query, bad]), index), {'max_unreadable': 7},
+             'More than 7 images .max_unreadable. cannot be read; the last: .*7.jpg is not a readable image')):
+        with pytest.raises(OSError, match=words) as error:
+            evaluate_submission(zip_path, *frames, **options)
+        assert '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+def test_the_reference_is_of_the_first_images_that_can_be_read(world, tmp_path, capsys):
+    _, query, index = world
+    bad = pd.DataFrame([{'path': spoiled(name, tmp_path, query['path'].iloc[0])} for name in UNREADABLE])
+    frame = pd.concat([bad, query, index], ignore_index=True)[['path']]
+    export_submission(clip(dim=8), tmp_path, reference=frame)
+    with np.load(tmp_path / 'reference.npz') as reference:
+        assert reference['images'].shape == (16, 3, 96, 96) and reference['vectors'].shape == (16, 8)
+        assert np.array_equal(reference['images'][0].transpose(1, 2, 0), read_image(query['path'].iloc[0], 96))
+    assert f'5 images could not be read and were left out, first {bad["path"].iloc[0]}' in capsys.readouterr().out
+    with pytest.raises(OSError, match='None of 5 images can be read'):
+        export_submission(clip(dim=8), tmp_path, reference=bad)
+
+
+def test_a_submission_that_cannot_be_unpacked_is_told_apart_from_one_that_is_none(world, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(zipfile.ZipFile, 'extract', full)
+    with pytest.raises(OSError, match=r'submission.zip could not be unpacked into .* \(No space left on device\): free'):
+        evaluate_submission(*world)

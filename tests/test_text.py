@@ -39,11 +39,83 @@ def test_kinds_weigh_what_is_asked_and_an_unknown_kind_is_named():
         read_vocabulary(kinds, {'dish': 2})
 
 
-@pytest.mark.parametrize('content', ['[1, 2]', '{"a": 1}', 'no json'])
+@pytest.mark.parametrize('content', ['[1, 2]', '{"a": 1}', 'no json', '', '{"dishes": "pizza"}', '{"dishes": ["pizza", 7]}',
+                                     '{"dishes": ["pizza", null]}', '{"dishes": {"pizza": 1}}', '{"dishes": ["piz',
+                                     '"pizza"', 'null', b'\x89PNG\r\n\x1a\n\x00'])
 def test_another_file_is_no_vocabulary(content, tmp_path):
-    (tmp_path / 'v.json').write_text(content)
-    with pytest.raises(ValueError, match='is not a vocabulary'):
+    (tmp_path / 'v.json').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f'^{tmp_path}/v.json is not a vocabulary') as error:
         read_vocabulary(tmp_path / 'v.json')
+    assert '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'latin-1'])
+def test_a_vocabulary_is_read_in_the_encoding_that_it_was_written_in(encoding, tmp_path, capsys):
+    names = ['crème brûlée', 'smørrebrød']
+    (tmp_path / 'v.json').write_bytes(json.dumps({'dishes': names}, ensure_ascii=False).encode(encoding))
+    assert read_vocabulary(f' {tmp_path}/v.json ')['name'].tolist() == names
+    assert ('was read as latin-1' in capsys.readouterr().out) == (encoding == 'latin-1')
+
+
+@pytest.mark.parametrize('source', [{}, {'dishes': []}, {'dishes': [' ', '']}, {'dishes': (), 'toys': []}])
+def test_a_vocabulary_without_names_is_one_sentence(source):
+    with pytest.raises(ValueError, match=r'^The vocabulary holds no names\.$'):
+        read_vocabulary(source)
+
+
+def test_an_absent_vocabulary_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / 'none.json'):
+        with pytest.raises(FileNotFoundError, match=f'^There is no vocabulary {path}: check the path'):
+            read_vocabulary(path)
+
+
+@pytest.mark.parametrize('weights, words', [
+    ("{'dish': 2}", "no kind 'dish' to weigh; its kinds are dishes, toys. Did you mean dishes"),
+    ('dishes', "are 'dishes'; give"), ([2, 1], r'are \[2, 1\]; give'), ({'dishes': '2'}, "is '2'; it must be"),
+    ({'dishes': -1}, 'is -1; it must be'), ({'dishes': True}, 'is True; it must be'),
+    ({'dishes': np.nan}, 'is nan; it must be')])
+def test_weights_of_kinds_are_numbers_by_kind(weights, words):
+    kinds = {'dishes': np.array(['pizza']), 'toys': ('kite',)}
+    assert read_vocabulary(kinds, "{'dishes': 2}")['weight'].tolist() == [2, 1]
+    with pytest.raises(ValueError, match=words) as error:
+        read_vocabulary(kinds, weights)
+    assert '\n' not in str(error.value)
+
+
+def lengths(texts):
+    return np.array([[len(text), 3.] for text in texts], np.float32)
+
+
+@pytest.mark.parametrize('templates', [
+    ['a {}.'], ('a {}.',), 'a {}.', "['a {}.']", '["a {}."]', [lambda name: f'a {name}.'], lambda name: f'a {name}.',
+    pd.Series(['a {}.'])])
+def test_templates_are_texts_or_functions_one_or_several(templates):
+    expected = text_vectors(lengths, ['kite', '{y}'], ['a {}.'])
+    assert np.array_equal(text_vectors(lengths, ['kite', '{x}'], templates), expected)
+
+
+def test_open_clips_own_templates_are_templates():
+    assert text_vectors(lengths, ['kite'], open_clip.OPENAI_IMAGENET_TEMPLATES).shape == (1, 2)
+
+
+@pytest.mark.parametrize('names, templates, words', [
+    ([], None, 'There are no names: give at least one.'), (pd.Series([], dtype=str), None, 'no names'),
+    (['kite'], [], 'There are no templates: give at least one.'), (['kite'], '[]', 'no templates'),
+    (['kite'], 'a photo', "The template 'a photo' has no {} for the name."), (['kite'], ['a {x}'], "'a {x}' has no {}"),
+    (['kite'], [7], 'The template 7 has no {}')])
+def test_nothing_to_embed_is_one_sentence(names, templates, words):
+    with pytest.raises(ValueError, match=words) as error:
+        text_vectors(lengths, names, templates)
+    assert '\n' not in str(error.value)
+
+
+def test_a_tokenizer_that_needs_another_library_is_one_sentence(monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'transformers'")
+
+    monkeypatch.setattr(open_clip, 'get_tokenizer', missing)
+    with pytest.raises(ValueError, match="^The tokenizer of ViT-S-32-alt cannot be loaded .No module named 'transf"):
+        load_text_tower('ViT-S-32-alt', 'random')
 
 
 def test_a_name_is_the_mean_of_its_unit_vectors_in_each_template():

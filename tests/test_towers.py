@@ -299,3 +299,25 @@ def test_efficientnets_first_norm_learns_as_slowly_as_its_first_convolution():
 def test_a_tower_of_ones_own_making_cannot_be_rebuilt_from_its_spec_alone():
     with pytest.raises(ValueError, match='mine cannot be rebuilt from its checkpoint alone; pass its tower along'):
         build_tower(replace(spec_of(), model_name='mine', architecture={}))
+
+
+@pytest.mark.parametrize('folder', ['me@home', 'a@b@c', 'plain', '@'])
+@pytest.mark.parametrize('tag', ['', 'laion2b_s34b_b79k@'])
+def test_a_weights_file_may_have_an_at_in_its_path(tmp_path, monkeypatch, folder, tag):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / 'w@1.bin').touch()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for path in (f'{tmp_path}/{folder}/w@1.bin', f'~/{folder}/w@1.bin', f' $HOME/{folder}/w@1.bin '):
+        model = 'ViT-B-32' if tag else 'ViT-S-32-alt'  # which has no tags that could differ
+        source, facts = weights_source(model, tag + path)
+        assert source == f'{tmp_path}/{folder}/w@1.bin' and bool(facts) == bool(tag)
+
+
+@pytest.mark.parametrize('pretrained, words', [
+    ('laion2b_s34b_b79@/none.bin', 'neither a weights file nor a tag .* Did you mean laion2b_s34b_b79k'),
+    ('laion2b_s34b_b79k@/no@ne.bin', "'laion2b_s34b_b79k@/no@ne.bin' is neither"), ('/me@home/none.bin', 'is neither'),
+    ('OpenAI', 'Did you mean openai')])
+def test_weights_that_are_not_there_are_one_sentence(pretrained, words):
+    with pytest.raises(ValueError, match=words) as error:
+        weights_source('ViT-B-32', pretrained)
+    assert '\n' not in str(error.value)
