@@ -105,8 +105,8 @@ def saved_tensors(path, mapped):
     while isinstance(held, dict):
         states = {str(name): inner for name, inner in held.items() if isinstance(inner, dict) and tensors_of(inner)}
         names = [name for name in STATES if name in states] or sorted(states, key=lambda name: -len(states[name]))
-        if len(states) > 1 and names[0] == STATES[0]:
-            print(f'{path}: {names[0]}, the average over its training, is taken')
+        if len(states) > 1:
+            print(f'{path} holds {", ".join(states)}: {names[0]} is taken')
         below = [held[name] for name in ([*names[:1]] if states else STATES) if isinstance(held.get(name), dict)]
         if not below:
             return tensors_of(held)
@@ -284,7 +284,8 @@ def architecture_of(state):
     blocks = Counter(stage for stage, _ in found)
     built = tuple(blocks[stage] for stage in sorted(blocks, key=str)), stem.shape[0], stem.shape[-1]
     width = state[f'{prefix}proj'].shape[-1] if f'{prefix}proj' in state else None
-    names = [name for name in open_clip.list_models() if built == plan_of(open_clip.get_model_config(name)['vision_cfg'])]
+    names = [name for name in open_clip.list_models() if f'{prefix}conv1.weight' in state
+             and built == plan_of(open_clip.get_model_config(name)['vision_cfg'])]
     near = sorted(names, key=lambda name: (open_clip.get_model_config(name)['embed_dim'] != width, len(name)))
     layers = ' + '.join(map(str, built[0])) or 'no'
     return near[0] if near else f'{layers} blocks of width {built[1]} over patches of {built[2]} pixels'

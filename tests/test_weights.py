@@ -190,7 +190,7 @@ def test_every_writers_file_gives_the_tower_that_was_saved(tmp_path, capsys, wri
     said = capsys.readouterr().out
     if writer in LEFT_OUT:
         assert f'left out {LEFT_OUT[writer]}, of neither image tower nor head' in said
-    assert ('state_dict_ema, the average over its training, is taken' in said) == (writer == 'averaged beside')
+    assert ('holds state_dict, state_dict_ema: state_dict_ema is taken' in said) == (writer == 'averaged beside')
 
 
 @pytest.mark.parametrize('name', ['tiny-custom', 'tiny-timm', 'tiny-coca', 'tiny-resnet'])
@@ -272,6 +272,15 @@ def test_weights_of_another_image_size_are_interpolated_in_full_precision(tmp_pa
     assert (said in capsys.readouterr().out) == (read is not from_pretrained)  # to which the size was given
 
 
+def test_a_tags_weights_in_half_precision_come_at_another_size_too(tmp_path, monkeypatch):
+    clip = new_clip().half()
+    torch.save(clip.state_dict(), tmp_path / 'downloaded.pt')
+    monkeypatch.setattr(open_clip.factory, 'download_pretrained', lambda *_, **__: str(tmp_path / 'downloaded.pt'))
+    tower, own = load_image_tower('tiny', 'own', 64), load_image_tower('tiny', f'own@{tmp_path}/downloaded.pt', 64)
+    assert tower.spec.image_size == 64 and tower.positional_embedding.shape == (65, 32)
+    assert torch.equal(tower.positional_embedding, own.positional_embedding)
+
+
 @pytest.mark.parametrize('name, key', [('tiny', 'positional_embedding'), ('tiny-timm', 'trunk.pos_embed'),
                                        ('timm:test_vit', 'pos_embed')])
 def test_weights_tuned_at_the_size_that_is_asked_for_are_taken_as_they_are(tmp_path, name, key):
@@ -300,6 +309,8 @@ MISFITS = {
     'ViT-B-32': (lambda clip: prefixed('module.visual.', big('ViT-B-32')), 'it looks like ViT-B-32, the model like tiny'),
     'ViT-L-14 of 336 pixels': (lambda clip: big('ViT-L-14-336'), 'it looks like ViT-L-14, the model like tiny'),
     'RN50': (lambda clip: prefixed('visual.', big('RN50')), 'it looks like RN50, the model like tiny'),
+    'SigLIP': (lambda clip: prefixed('visual.', big('ViT-B-16-SigLIP')),
+               'it looks like 12 blocks of width 768 over patches of 16 pixels, the model like tiny'),
     "timm's": (lambda clip: timm.create_model('test_vit').state_dict(), 'looks like 6 blocks of width 64 over patches of'),
     'nothing in common': (lambda clip: {'a': torch.ones(1)}, 'a is not in the model'),
 }
