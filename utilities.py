@@ -12,6 +12,7 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     losses       margins and sub-centre ArcFace
     projection   d numbers to at most 64, by a PCA
     retrieval    neighbours, mP@5 and how sure it is
+    weights      files of anybody's weights, under our names
     towers       pretrained image towers
     text         text towers and vocabularies
     model        head, Embedder, learning rates

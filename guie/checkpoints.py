@@ -1,6 +1,7 @@
 """Checkpoints: files of weights and folders of runs, ours or the original authors', written, read and found."""
 import copy
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from torch import nn
 
 from guie.config import PUBLISHED, Config
 from guie.errors import InputError, MissingError
-from guie.files import ATTACHED, attached_folders, literal, read_weights, state_hash, user_path, whole_file
+from guie.files import ATTACHED, attached_folders, literal, state_hash, user_path, whole_file
 from guie.model import Embedder, SubcenterHead
-from guie.towers import TowerSpec, build_tower, load_image_tower, load_strictly, resize_tower, unloaded_tower
-
-TEXTS = {'.json', '.csv', '.txt', '.md', '.ipynb', '.py'}  # files beside checkpoints that are none
+from guie.towers import TowerSpec, build_tower, load_image_tower, resize_tower, unloaded_tower
+from guie.weights import OF_A_FOLDER, load_strictly, our_names, read_weights, weights_file
 
 
 class Checkpoint(dict):
@@ -42,36 +42,25 @@ class Checkpoint(dict):
     @property
     def score(self):
         """mP@5 at 64 dimensions that its run left in scores.csv beside it, or None, as for a file that is no run's."""
-        scores, of_run = self.path.with_name('scores.csv'), self.path.name == 'model.safetensors'
-        found = pd.read_csv(scores).query('dim == 64')['mp5'] if of_run and scores.exists() else ()
-        return float(found.iloc[-1]) if len(found) else None
+        scores = self.path.with_name('scores.csv')
+        if self.path.name != 'model.safetensors' or not scores.exists():
+            return None
+        try:
+            found = pd.read_csv(scores).query('dim == 64')['mp5']
+            return float(found.iloc[-1]) if len(found) else None
+        except (ValueError, LookupError, NameError):  # empty, cut or another table
+            print(f'{scores} cannot be read, so {self.name} counts as not scored')
 
 
-def open_checkpoint(path):
-    """Opens a file of weights or a run's folder, as read_weights does -> Checkpoint with our names; a Checkpoint as it is.
-    The prefix 'module.' and the text tower of the original authors' files are left out. FileNotFoundError; ValueError for a
-    file that holds no weights."""
+def open_checkpoint(path, tower=None):
+    """Opens a file of weights, a run's folder or save_pretrained's, as read_weights does -> Checkpoint with our names; a
+    Checkpoint as it is. tower: the one that a file of anybody's belongs to, whose names then decide; see our_names.
+    FileNotFoundError; ValueError for a file that holds no weights."""
     if isinstance(path, Checkpoint):
         return path
-    path = user_path(path)
-    path = path / 'model.safetensors' if path.is_dir() else path
-    if not path.is_file():
-        raise MissingError(f'There is no checkpoint {path}: check the path, or make this file first.')
+    path = weights_file(path)
     tensors, metadata = read_weights(path)
-    ours = {our_name(name): value for name, value in tensors.items()}
-    ours.pop(None, None)  # the text tower
-    if not ours:
-        raise InputError(f'{path} holds no tensors of a tower or head: save model.state_dict() into it.')
-    return Checkpoint(ours, metadata, path)
-
-
-def our_name(name):
-    """Our name for the original authors'; None for their text tower."""
-    name = str(name).removeprefix('module.')
-    if name.startswith('vit_backbone.'):
-        _, image_tower, rest = name.partition('vit_backbone.visual.')
-        return f'tower.{rest}' if image_tower else None
-    return {'head.emb.weight': 'head.embedding.weight', 'head.arc.weight': 'head.centers'}.get(name, name)
+    return Checkpoint(our_names(tensors, path, tower.state_dict() if tower is not None else ()), metadata, path)
 
 
 def save_state(tensors, path, metadata=None, *, overwrite=False):
@@ -101,7 +90,7 @@ def load_run(path, tower=None):
     """The Embedder of a run's folder or checkpoint file, in evaluation mode.
     tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own making);
     only its architecture and spec are used, on a copy."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, tower)
     if tower is None and 'spec' not in checkpoint.metadata:
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     try:
@@ -132,17 +121,27 @@ def unloaded_model(checkpoint, tower):
 def list_runs(root):
     """Every run below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
     epochs, method, mp5 (at dim 64, if scored), hash of the weights."""
-    files = sorted(user_path(root).glob('**/model.safetensors')) if isinstance(root, (str, Path)) else root
+    if isinstance(root, (str, Path)):
+        root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
     rows = []
-    for checkpoint in map(open_checkpoint, files):
-        if checkpoint.path.parent.parent.name == 'state':
-            continue
+    for checkpoint in sound_checkpoints(root):
         config = json.loads(checkpoint.metadata.get('config', '{}'))
         rows.append({'run': checkpoint.name, **{name: config.get(name) for name in (
             'model_name', 'image_size', 'augmentation', 'seed', 'epochs')},
             'method': checkpoint.metadata.get('method', 'training'),
-            'mp5': np.nan if checkpoint.score is None else checkpoint.score, 'hash': state_hash(checkpoint)})
+            'mp5': np.nan if (score := checkpoint.score) is None else score, 'hash': state_hash(checkpoint)})
     return pd.DataFrame(rows)
+
+
+def sound_checkpoints(paths):
+    """Yields the Checkpoints of runs; one that cannot be opened is named and passed over."""
+    for path in paths:
+        try:
+            checkpoint = open_checkpoint(path)
+            json.loads(checkpoint.metadata.get('config', '{}'))
+            yield checkpoint
+        except (ValueError, OSError) as error:
+            print(f'{path} is passed over: {error}')
 
 
 def find_ingredients(root, towers, files=None, architectures=None, *, search=ATTACHED):
@@ -174,8 +173,9 @@ def finished_runs(tower, folders):
     for folder in folders:
         named = folder.name.startswith(f'{tower}_') and not folder.name.startswith(f'{folder.parent.name}-stage-')
         if named and folder.name not in runs and (folder / 'model.safetensors').is_file():
-            runs[folder.name] = open_checkpoint(folder)
-            print(f'{folder.name}: taken from {folder}')
+            for run in sound_checkpoints([folder]):
+                runs[folder.name] = run
+                print(f'{folder.name}: taken from {folder}')
     return list(runs.values())
 
 
@@ -187,19 +187,35 @@ def bare_checkpoints(tower, paths, architecture):
         raise InputError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
                          f'model_name, pretrained and image_size in ARCHITECTURES.')
     config = Config().override(**architecture)
-    metadata = {'spec': json.dumps(asdict(unloaded_tower(config).spec)), 'config': json.dumps(asdict(config))}
+    module = unloaded_tower(config)
+    metadata = {'spec': json.dumps(asdict(module.spec)), 'config': json.dumps(asdict(config))}
     paths = [user_path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    checkpoints = [open_checkpoint(file) for path in paths for file in files_in(path)]
+    checkpoints = [checkpoint for path in paths for checkpoint in checkpoints_in(path, module)]
     return [Checkpoint(checkpoint, metadata | checkpoint.metadata, checkpoint.path, f'{tower}_{number}_{checkpoint.name}')
             for number, checkpoint in enumerate(checkpoints, start=1)]
 
 
-def files_in(path):
-    """A file or a run's folder as it is, or every file of a folder that is no text."""
-    if not path.is_dir() or (path / 'model.safetensors').exists():
-        return [path]
-    return [file for file in sorted(path.iterdir())
-            if file.is_dir() or file.suffix.lower() not in TEXTS and not file.name.startswith('.')]
+def checkpoints_in(path, tower):
+    """[Checkpoint] of a file, of the folder of one model, or of what holds such a tower in a folder; the rest is named."""
+    if not path.is_dir() or any((path / name).exists() for name in OF_A_FOLDER):
+        return [open_checkpoint(path, tower)]
+    found, others = [], []
+    for entry in sorted(path.iterdir()):
+        try:
+            if entry.name.startswith('.'):
+                raise InputError(f'{entry} is hidden.')
+            checkpoint = open_checkpoint(entry, tower)
+            if not any(name.startswith('tower.') for name in checkpoint):
+                raise InputError(f'{entry} holds no image tower.')
+            found.append(checkpoint)
+        except (ValueError, OSError) as error:
+            reason = re.split('[:,(.]', str(error).partition(f'{entry.name} ')[2])[0].strip()
+            others.append(f'{entry.name} {reason or "holds no weights"}')
+    if not found:
+        raise InputError(f'{path} holds no weights ({"; ".join(others) or "it is empty"}): give the folder that does.')
+    if others:
+        print(f'{path}: passed over, since {"; ".join(others)}')
+    return found
 
 
 def base_state(run):
@@ -216,6 +232,6 @@ def base_states(ingredients):
     for tower, runs in ingredients.items():
         try:
             bases[tower] = base_state(runs[0])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f'{tower}: its pretrained weights are not here, so what compares with them is left out ({error})')
     return bases

@@ -1,22 +1,20 @@
-"""Files: written whole or not at all, read as weights, found in attached inputs, hashed; progress bars."""
+"""Files: written whole or not at all, found in attached inputs, hashed; progress bars."""
 import ast
 import difflib
 import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import sys
-import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from guie.errors import FileError, InputError
+from guie.errors import FileError
 
 ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount attached inputs
 
@@ -69,33 +67,6 @@ def write_text(path, text):
     """Writes a text file, whole or not at all."""
     with whole_file(path) as beside:
         beside.write_text(text)
-
-
-def read_weights(path):
-    """({name: tensor}, metadata) of a file of weights, tensors mapped and not yet read; nothing in the file is executed.
-    The content decides: safetensors, or torch.save of a state dict, also nested under 'state_dict' or 'model'. ValueError
-    for a file that is truncated, of another kind, or holds Python objects."""
-    path = Path(path).resolve()  # the name of what a link leads to
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    try:
-        if start[8:] == b'{':  # safetensors: 8 bytes of length, then JSON
-            with safe_open(path, framework='pt') as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        mapped = zipfile.is_zipfile(path) and path.suffix != '.safetensors'  # torch.load would trust the name
-        with open(path, 'rb') as file:
-            held = torch.load(path if mapped else file, map_location='cpu', mmap=mapped, weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        if isinstance(error, pickle.UnpicklingError) and 'GLOBAL' in str(error):
-            raise InputError(f'{path} holds Python objects, which could run code when loaded: '
-                             'ask for its state dict alone, or for safetensors.') from error
-        raise InputError(f'{path} is truncated, or neither safetensors nor a PyTorch state dict: '
-                         'copy or download it again.') from error
-    for nest in ('state_dict', 'model'):
-        if isinstance(held, dict) and isinstance(held.get(nest), dict):
-            held = held[nest]
-    named = held.items() if isinstance(held, dict) else ()
-    return {str(name): value.detach() for name, value in named if isinstance(value, torch.Tensor)}, {}
 
 
 def attached_folders(places=ATTACHED, depth=6):

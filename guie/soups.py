@@ -14,7 +14,7 @@ from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5, score_table
 from guie.splits import Splits, sample_classes
-from guie.towers import load_strictly
+from guie.weights import load_strictly
 
 SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
 

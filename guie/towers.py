@@ -10,17 +10,18 @@ import open_clip
 import timm
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from guie.errors import InputError
-from guie.files import did_you_mean, read_weights, user_path
+from guie.errors import FileError, InputError
+from guie.files import did_you_mean, user_path
+from guie.weights import check_fit, load_strictly, read_weights, text_state, tower_state, weights_file
 
 BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
 STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
                   r'|norm_pre|conv_stem|stem)(\.|$)')
+MOBILE_CLIP = 'image_encoder.model.patch_emb'  # begins the names of Apple's own files
 NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the least that open_clip builds
 
 
@@ -52,7 +53,7 @@ def weights_source(model_name, pretrained):
     if tag in tags and not file:
         return tag, open_clip.get_pretrained_cfg(model_name, tag)
     path = user_path(file or pretrained)
-    if not path.is_file() or (file and tag not in tags):
+    if not (file or pretrained) or not path.exists() or (file and tag not in tags):
         raise InputError(f'{pretrained!r} is neither a weights file nor a tag of {model_name}; its tags are '
                          f'{", ".join(tags)} (or "tag@file" for a file downloaded earlier).{did_you_mean(tag, tags)}')
     facts = [open_clip.get_pretrained_cfg(model_name, known) for known in ([tag] if file else tags)]
@@ -82,29 +83,70 @@ def packed(vision_cfg):
     return vision_cfg | ({'block_type': 'custom', 'output_tokens': False} if is_transformer else {})
 
 
-def load_open_clip(model_name, pretrained, image_size=None):
-    """open_clip's whole CLIP with weights, never silently random."""
+def load_open_clip(model_name, pretrained, image_size=None, *, text=True):
+    """open_clip's whole CLIP with weights, never silently random. text: False leaves out the text half of a file."""
     random = pretrained == 'random' or pretrained.endswith('@random')
-    if model_name.startswith(('local-dir:', 'hf-hub:')):
-        source, facts = None, {}
-    else:
+    source, facts, file = None, {}, None
+    if not model_name.startswith(('local-dir:', 'hf-hub:')):
         source, facts = weights_source(model_name, pretrained)
+        file = source if source not in open_clip.list_pretrained_tags_by_model(model_name) else None
     try:
         vision_cfg = packed(open_clip.get_model_config(model_name)['vision_cfg'])
-        changed = {'vision_cfg': vision_cfg | ({'image_size': image_size} if image_size else {})}
-        with no_warnings_logged() if random else nullcontext():
+        if model_name.startswith('local-dir:') and not random:
+            file = model_name.removeprefix('local-dir:')
+        whole = random or file  # nothing is left to open_clip to load
+        with no_warnings_logged() if whole else nullcontext():
             model = open_clip.create_model(
-                model_name, pretrained=source, force_image_size=image_size, load_weights=not random,
-                require_pretrained=not random, device=torch.get_default_device(),
-                force_quick_gelu=facts.get('quick_gelu', False),
+                model_name, pretrained=None if file else source, load_weights=not whole, require_pretrained=not whole,
+                device=torch.get_default_device(), force_quick_gelu=facts.get('quick_gelu', False), pretrained_text=False,
+                force_image_size=image_size if isinstance(vision_cfg.get('layers'), list) else None,  # a ResNet
                 force_preprocess_cfg={name: facts[name] for name in ('mean', 'std') if facts.get(name)},
-                **(changed if 'block_type' in vision_cfg else {}))
+                **({'vision_cfg': vision_cfg} if 'block_type' in vision_cfg else {}))
         for block in model.visual.transformer.resblocks if random and 'block_type' in vision_cfg else ():
             nn.init.xavier_uniform_(block.attn.in_proj_weight)  # as in the default blocks; open_clip draws these too wide
+        if file:
+            load_clip(model, weights_file(file), image_size, text)
+        elif image_size:
+            resize_tower(model.visual, image_size)
         return model
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f'The weights {pretrained or model_name!r} do not load into {model_name}: '
-                         f'{str(error).strip().splitlines()[0]}') from error
+    except (InputError, FileError):
+        raise
+    except Exception as error:  # damaged weights make open_clip raise almost anything
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0].rstrip('.')
+        raise InputError(f'The weights {pretrained or model_name!r} do not load into {model_name}: {reason}.') from error
+
+
+def load_clip(model, path, image_size, text):
+    """Loads a file of weights into open_clip's CLIP, its image tower and, unless text is False, its text half."""
+    tensors = {} if path.suffix == '.npz' else read_weights(path)[0]
+    if path.suffix == '.npz' or any(name.startswith(MOBILE_CLIP) for name in tensors):
+        open_clip.load_checkpoint(model, str(path))  # Google's and Apple's own files, which it converts
+        state = model.visual.state_dict()
+    else:
+        state = tower_state(tensors, path, model.visual.state_dict())
+        if text:
+            load_text(model, tensors, path)
+    load_resized(model.visual, state, path, image_size)
+
+
+def load_text(model, tensors, path):
+    """Loads the text half of a CLIP's tensors into open_clip's."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith('visual.')}
+    found = text_state(tensors, own)
+    if not found:
+        raise InputError(f'{path} holds no text tower: give a file of the whole CLIP.')
+    check_fit(own, {name: own[name] for name in own if name.startswith('logit_')} | found, path)
+    model.load_state_dict(found, strict=False)
+
+
+def load_resized(tower, state, source, side):
+    """load_strictly of weights at their own image size into a tower, which then takes squares of `side` pixels."""
+    own = tower.state_dict()
+    if side and any(name in own and own[name].shape != tensor.shape for name, tensor in state.items()):
+        resize_tower(tower, side)  # fine-tuned at another size, mostly at the one that is asked for
+    load_strictly(tower, state, source)
+    if side:
+        resize_tower(tower, side)
 
 
 def load_image_tower(model_name, pretrained='', image_size=None):
@@ -115,7 +157,7 @@ def load_image_tower(model_name, pretrained='', image_size=None):
     that do not fit."""
     if model_name.startswith('timm:'):
         return load_timm_tower(model_name, pretrained, image_size)
-    tower = load_open_clip(model_name, pretrained, image_size).visual
+    tower = load_open_clip(model_name, pretrained, image_size, text=False).visual
     config = open_clip.get_model_config(model_name)
     quick = any(isinstance(module, QuickGELU) for module in tower.modules())
     own = isinstance(tower, VisionTransformer)
@@ -134,8 +176,8 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     name = model_name.removeprefix('timm:')
     if name.split('.')[0] not in timm.list_models():
         raise InputError(f'timm has no model {name!r}.{did_you_mean(name, timm.list_models())}')
-    file = Path(pretrained) if pretrained and pretrained != 'random' else None
-    if file and not file.is_file():
+    file = user_path(pretrained) if pretrained and pretrained != 'random' else None
+    if file and not file.exists():
         raise InputError(f'The weights file {pretrained} does not exist; pretrained="" asks timm for its own.')
     options = {'num_classes': 0}
     try:
@@ -146,28 +188,14 @@ def load_timm_tower(model_name, pretrained, image_size=None):
     facts = timm.data.resolve_model_data_config(tower)
     size = image_size or facts['input_size'][-1]
     if file:
-        classifier = tower.pretrained_cfg.get('classifier') or '-'
-        state = {name.removeprefix('module.'): tensor for name, tensor in read_weights(file)[0].items()}
-        kept = {name: tensor for name, tensor in state.items() if not name.startswith(f'{classifier}.')}
-        load_strictly(tower, kept, file)
+        file = weights_file(file)
+        load_resized(tower, tower_state(read_weights(file)[0], file, tower.state_dict()), file, size)
     resize_tower(tower, size)
     with torch.inference_mode():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[1]
     tower.spec = TowerSpec(model_name, pretrained, size, tuple(facts['mean']), tuple(facts['std']), '', width,
                            {'library': 'timm', 'name': name, 'options': options})
     return tower
-
-
-def load_strictly(module, state, source):
-    """module.load_state_dict with every missing, unexpected or misshapen tensor an error of one sentence."""
-    own = module.state_dict()
-    wrong = [f'{name} {"is missing" if name not in state else "is not in the model" if name not in own else "has shape"}'
-             for name in sorted(set(own) | set(state))
-             if name not in own or name not in state or own[name].shape != state[name].shape]
-    if wrong:
-        raise InputError(f'{source} does not fit the model in {len(wrong)} of {len(own)} tensors, first '
-                         f'{"; ".join(wrong[:3])}: it belongs to another architecture, image size or class list.')
-    module.load_state_dict(state)
 
 
 def unloaded_tower(config):

@@ -12,7 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from runs import CONFIG, contents, new_model, same, weights
+from runs import CONFIG, contents, is_one_sentence, new_model, same, weights
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
@@ -245,12 +245,12 @@ def test_a_truncated_or_foreign_file_is_one_sentence(tmp_path):
     torch.save(random_state(), tmp_path / 'b')
     for name in ('a', 'b'):
         whole = (tmp_path / name).read_bytes()
-        for size in (0, 1, 8, 9, 200, len(whole) // 2, len(whole) - 1):
+        for size in (1, 8, 9, 200, len(whole) // 2, len(whole) - 1):
             (tmp_path / 'cut').write_bytes(whole[:size])
             with pytest.raises(ValueError, match='cut is truncated, or neither') as error:
                 open_checkpoint(tmp_path / 'cut')
             assert '\n' not in str(error.value)
-    for content in (b'<!doctype html>', b'version https://git-lfs', b'{"json": true}', b'12345678{"a": 1}'):
+    for content in (b'12345678{"a": 1}', b'\0' * 99, b'PK\3\4' * 9):
         (tmp_path / 'cut').write_bytes(content)
         with pytest.raises(ValueError, match='cut is truncated, or neither'):
             open_checkpoint(tmp_path / 'cut')
@@ -408,6 +408,73 @@ def test_a_runs_folder_a_folder_of_runs_and_texts_beside_checkpoints_are_underst
         assert all(torch.equal(load_run(run).tower.proj, clip.visual.proj) and run.score is None for run in found)
 
 
+def test_a_folder_of_ingredients_with_other_things_in_it_gives_what_are_weights(registered, tmp_path, capsys):
+    clip, folder = tiny_clip('quick_gelu'), tmp_path / 'files'
+    for name in ('.ipynb_checkpoints', 'logs', 'hub', 'run'):
+        (folder / name).mkdir(parents=True)
+    for name in ('0_0.688', '1_0.690'):
+        authors_file(clip, folder / name)
+    authors_file(clip, folder / 'run/model.safetensors')
+    authors_file(clip, folder / '.ipynb_checkpoints/0_0-checkpoint.688')
+    local_folder(clip, folder / 'hub', 'quick_gelu')
+    torch.save(clip.state_dict(), folder / 'hub/open_clip_pytorch_model.bin')  # the same model again
+    torch.save({'state': {0: {'exp_avg': torch.ones(2)}}, 'param_groups': []}, folder / 'optimizer.pt')
+    torch.save({'cpu': torch.ones(2), 'cuda': [torch.ones(2)]}, folder / 'rng_state.pth')
+    (folder / 'cut.pt').write_bytes((folder / '0_0.688').read_bytes()[:999])
+    (folder / 'curve.png').write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(99))
+    for name in ('README.md', 'config.json', 'args.yaml', '.gitattributes', 'logs/out.log'):
+        (folder / name).write_text('{"a": 1}' if name.endswith('json') else 'a few words about it\n' * 9)
+    before = contents(folder)
+    runs = bare_checkpoints('tiny', folder, ARCHITECTURE)
+    assert [run.path.relative_to(folder).as_posix() for run in runs] == [
+        '0_0.688', '1_0.690', 'hub/open_clip_model.safetensors', 'run/model.safetensors']
+    assert all(torch.equal(run['tower.proj'], clip.visual.proj) for run in runs)
+    line, = capsys.readouterr().out.splitlines()
+    assert line == (
+        f'{folder}: passed over, since .gitattributes is hidden; .ipynb_checkpoints is hidden; README.md is text; args.yaml '
+        'is text; config.json is text; curve.png is no file of PyTorch weights; cut.pt is truncated; logs holds no weights; '
+        'optimizer.pt holds no tensors of a tower or head; rng_state.pth holds no image tower')
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('fill, words', [
+    (lambda folder: None, 'holds no weights .it is empty.: give'),
+    (lambda folder: (folder / 'README.md').write_text('a few words about it'), 'holds no weights .README.md is text.'),
+    (lambda folder: (folder / 'a.pt').touch(), 'holds no weights .a.pt is empty.'),
+    (lambda folder: (folder / 'model.safetensors').write_text('version https://git-lfs'), 'is a Git LFS pointer'),
+], ids=['nothing', 'text', 'an empty file', 'a pointer'])
+def test_a_folder_of_ingredients_without_weights_is_one_sentence(registered, tmp_path, fill, words):
+    fill(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        find_ingredients('', ['tiny'], {'tiny': tmp_path}, {'tiny': ARCHITECTURE}, search=())
+    assert is_one_sentence(error)
+
+
+DAMAGES = {
+    'cut': lambda file: file.write_bytes(file.read_bytes()[:-1]), 'empty': lambda file: file.write_bytes(b''),
+    'a web page': lambda file: file.write_text('<html>'), 'settings that are no JSON': lambda file: save_file(
+        {'tower.a': torch.ones(1)}, file, {'config': '{'}), 'nothing in it': lambda file: save_file({}, file)}
+
+
+@pytest.mark.parametrize('damage', DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_run_is_named_and_passed_over(tmp_path, capsys, damage):
+    for name in ('h_a', 'h_b'):
+        save_state(random_state(), tmp_path / name / 'model.safetensors')
+    damage(tmp_path / 'h_a/model.safetensors')
+    assert list_runs(tmp_path)['run'].tolist() == ['h_b']
+    assert f'{tmp_path}/h_a/model.safetensors is passed over: ' in capsys.readouterr().out
+    assert [run.name for run in find_ingredients(tmp_path, ['h'], search=())['h']] == ['h_b']
+    assert f'{tmp_path}/h_a is passed over: ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('scores', ['', 'dim', 'a,b\n1,2\n', 'dim,mp5\n64,x\n', 'dim,mp5\n"64,'])
+def test_a_damaged_table_of_scores_counts_as_none(tmp_path, capsys, scores):
+    save_state(random_state(), tmp_path / 'model.safetensors')
+    (tmp_path / 'scores.csv').write_text(scores)
+    assert list_runs(tmp_path)['mp5'].isna().all()
+    assert capsys.readouterr().out.count('scores.csv cannot be read, so') == 1
+
+
 def test_bare_checkpoints_become_a_soup_that_says_how_it_is_built(registered, tmp_path, caplog, nothing_temporary):
     paths = [tmp_path / 'attached' / name for name in ('a/0_0.688', 'b/0_0.688')]  # of one name
     for seed, path in enumerate(paths):
@@ -523,7 +590,7 @@ def test_a_soup_of_runs_of_the_version_before_is_saved_with_todays_names(tmp_pat
 # Malformed checkpoints
 
 def renamed(state, metadata):
-    return {name.replace('tower.', 'backbone.'): value for name, value in state.items()}, metadata
+    return {name.replace('transformer.', 'backbone.'): value for name, value in state.items()}, metadata
 
 
 def without(name):

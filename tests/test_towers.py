@@ -56,7 +56,7 @@ def test_a_larger_image_size_resizes_the_position_embedding_only(tower):
     ('local-dir:nowhere', '', 'No such file or directory.*nowhere'),
     ('timm:efficientnet_light0', 'random', 'Did you mean'),
     ('timm:efficientnet_lite0', 'nowhere.pth', 'does not exist'),
-    ('timm:test_efficientnet', __file__, 'is truncated, or neither safetensors'),
+    ('timm:test_efficientnet', __file__, 'is text, not weights: give'),
 ])
 def test_a_wrong_name_or_file_is_one_sentence(model_name, pretrained, words):
     with pytest.raises(ValueError, match=words) as error:
