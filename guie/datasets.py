@@ -90,7 +90,7 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED):
     if name in DATASETS:
         layout = DATASETS[name]
         frame = read_known(name, layout, [os.path.abspath(place) for place in ([root] if root else search)])
-        frame['label'] = name + '/' + frame['label']
+        frame = frame.assign(label=name + '/' + frame['label'])
     elif os.path.isdir(path):
         frame = read_folders(path, ClassFolders(os.path.basename(path), '', CLASS_FOLDER, '<class>/<image>.jpg'))
     elif os.path.isfile(path):
