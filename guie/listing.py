@@ -24,7 +24,7 @@ def walk_images(root):
     found, passed, suffixes, starts, seen = [], Counter(), image_suffixes(), [root], set()
 
     def count(error):
-        passed['unreadable folders'] += error.filename != root
+        passed.update(['unreadable folders'] * (error.filename != root))
 
     for start in starts:
         for folder, subfolders, files in os.walk(start, onerror=count):
