@@ -6,6 +6,7 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     files        whole or no files, attached inputs, hashes
     distributed  one or several GPUs, and a stop that saves
     images       an image file to a uint8 square, augmented, in batches
+    listing      which files are images, and what is passed over
     config       the frozen settings of a run
     datasets     known data sets, folders and CSVs to tables
     splits       what is trained on, chosen by and reported on

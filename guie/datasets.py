@@ -1,18 +1,20 @@
 """Data sets: a known set's name, a folder of class folders or a CSV becomes a table of path, label, domain."""
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from glob import escape as glob_escape
 from glob import glob
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from guie.errors import InputError, MissingError
-from guie.files import ATTACHED, attached_folders, user_path
+from guie.files import ATTACHED, attached_folders, printable, user_path
+from guie.images import image_suffixes
+from guie.listing import contents_of, holds, only_images, say_passed, walk_images
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+any_names = pd.option_context('mode.string_storage', 'python')  # pyarrow's texts refuse names that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class ClassFolders:
     telltale: str  # glob that nothing but this set's root satisfies
     pattern: str   # regex over the whole path below the root, with a group `label` (and perhaps `domain`)
     example: str   # one image, for people
+    unique_names: bool = False  # one file name, one image: parts of the set are copies of others
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
     'inaturalist': ClassFolders(
         'nature', 'train_val*', f'train_val[^/]*/[^/]+/{CLASS_FOLDER}', 'train_val2018/Aves/3174/<id>.jpg'),
     'inaturalist-2021': ClassFolders(
-        'nature', 'train*/[0-9]*_*_*_*', f'(?:train|train_mini|val)/{CLASS_FOLDER}', 'train/00000_<name>/<id>.jpg'),
+        'nature', 'train*/[0-9]*_*_*_*', f'(?:train|train_mini|val)/{CLASS_FOLDER}', 'train/00000_<name>/<id>.jpg',
+        unique_names=True),  # train_mini is a part of train
     'stanford-cars': ClassFolders(
         'cars', 'train/Acura*', f'(?:train|test)/{CLASS_FOLDER}', 'train/Acura RL Sedan 2012/00249.jpg'),
     'objectnet': ClassFolders(
@@ -75,20 +79,20 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
 }
 
 
+@any_names
 def read_dataset(name_or_path, root=None, *, search=ATTACHED):
     """Every labelled image of a data set: DataFrame of str columns `path` (absolute), `label`, `domain`.
     `name_or_path` is a folder of class folders (sorted by path), a CSV `path,label[,domain]` (in its own order, paths
     relative to `root` or to the CSV's folder), or a key of DATASETS, looked for below `root`, else below `search`. Labels of
     known sets carry the set's name ('products-10k/17'), so that splits can be concatenated. Without a column `domain` it is
-    the data folder's name. Raises FileNotFoundError for a data root laid out otherwise, ValueError for a label file that
-    cannot be used."""
+    the data folder's name. What walk_images would not list is passed over and counted in a printed line. Raises
+    FileNotFoundError for a data root laid out otherwise, ValueError for a label file that cannot be used."""
     name_or_path, root = user_path(name_or_path), root and user_path(root)
     name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
     if name in DATASETS:
         layout = DATASETS[name]
-        root = find_root(name, layout, [os.path.abspath(place) for place in ([root] if root else search)])
-        frame = (read_folders if isinstance(layout, ClassFolders) else read_listing)(root, layout)
-        frame['label'] = name + '/' + frame['label']
+        frame = read_known(name, layout, [os.path.abspath(place) for place in ([root] if root else search)])
+        frame = frame.assign(label=name + '/' + frame['label'])
     elif os.path.isdir(path):
         frame = read_folders(path, ClassFolders(os.path.basename(path), '', CLASS_FOLDER, '<class>/<image>.jpg'))
     elif os.path.isfile(path):
@@ -98,45 +102,53 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED):
         raise MissingError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
                            f'{", ".join(DATASETS)}.')
     if frame['path'].duplicated().any():
+        if name in DATASETS:  # Shopee's images in two label groups: nobody can mend a known set
+            pairs = frame[['path', 'label']].drop_duplicates()
+            unclear = frame['path'].isin(pairs['path'][pairs['path'].duplicated()])
+            frame = dropped(frame, unclear, name_or_path, 'rows have another label in another row and were dropped')
         check_one_each(frame, 'path', 'label', name_or_path)
-        print(f'{name_or_path}: {frame["path"].duplicated().sum():,} rows repeat an image and were dropped')
-        frame = frame.drop_duplicates('path')
+        frame = dropped(frame, frame['path'].duplicated(), name_or_path, 'rows repeat an image and were dropped')
     check_one_each(frame, 'label', 'domain', name_or_path)
     return frame.reset_index(drop=True)
 
 
-def find_root(name, layout, places):
-    """The first of the places, or of the folders below them, that holds what gives the data set away."""
+def dropped(frame, mask, source, what):
+    """The rows outside of the mask; prints how many are inside."""
+    if mask.any():
+        print(printable(f'{source}: {mask.sum():,} {what}'))
+    return frame[~mask]
+
+
+def read_known(name, layout, places):
+    """A known set's table, from the first of the places, or of the folders below them, that holds it."""
+    faults, listed = [], isinstance(layout, Listing)
     for folder in attached_folders(places):
         marks = glob(os.path.join(glob_escape(folder), layout.telltale))
-        if marks and (isinstance(layout, ClassFolders) or
-                      {*layout.images, layout.label} <= {*read_table(marks[0], layout, nrows=0)}):
-            return folder
-    expected = f'images like {layout.example}' if isinstance(layout, ClassFolders) else (
-        f'the columns {", ".join((*layout.images, layout.label))}')
-    found = ' and '.join(map(contents_of, places))
+        try:
+            if marks and not listed:
+                return read_folders(folder, layout)
+            if marks and {*layout.images, layout.label} <= {*read_table(marks[0], layout, nrows=0)}:
+                return read_listing(folder, layout)
+        except (OSError, InputError) as error:  # another set's file of the same name, or a damaged copy
+            faults.append(error)
+    expected = f'the columns {", ".join((*layout.images, layout.label))}' if listed else f'images like {layout.example}'
+    found = ' and '.join(map(contents_of, places)) + ''.join(f'; {str(fault).rstrip(".")}' for fault in faults[:1])
     raise MissingError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
-                       'give the folder of the data set as ROOT or root.')
-
-
-def contents_of(folder):
-    """A folder and the first names in it, for an error sentence."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ['no such folder']
-    return f'{folder} ({", ".join(names[:8]) or "empty"})'
+                       'give the folder of the data set as ROOT or root.') from (faults or [None])[0]
 
 
 def read_folders(root, layout):
     """DataFrame path, label, domain of a set whose paths say the class, sorted by path."""
-    below = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
-        start = folder[len(root):].replace(os.sep, '/') + '/'
-        below += [start + name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != '.']
-    below = pd.Series(sorted(below), dtype=str)
-    found = below.str.extract(f'^/{layout.pattern}$').assign(path=root + below)
+    below, passed = walk_images(root)
+    below = pd.Series(below, dtype=str)
+    found = below.str.extract(f'(?s)^/{layout.pattern}$').assign(path=root + below)
     frame = found.assign(domain=found.get('domain', layout.domain)).dropna()[['path', 'label', 'domain']]
     if frame.empty:
-        raise MissingError(f'Expected images like {layout.example}, found {contents_of(root)}.')
+        raise MissingError(f'Expected images like {layout.example}, found {contents_of(root, passed)}.')
+    say_passed(root, passed + Counter({f'images unlike {layout.example}': len(found) - len(frame)}))
+    if layout.unique_names:
+        copies = frame['path'].map(os.path.basename).duplicated()
+        frame = dropped(frame, copies, root, 'rows repeat an image in another folder and were dropped')
     return frame
 
 
@@ -161,35 +173,53 @@ def read_listing(root, layout):
         frame = frame.assign(path=frame['path'].str.split()).explode('path', ignore_index=True)
     if layout.path:
         frame['path'] = frame['path'].str.replace(r'^(.?)(.?)(.?).*$', layout.path, regex=True)
-    return frame.assign(path=locate(root, frame['path'], layout.folders, file))
+    if holds(frame['path'], '\\'):
+        frame['path'] = frame['path'].str.replace('\\', '/', regex=False)
+    return only_images(frame.assign(path=locate(root, frame['path'], layout.folders, file)), file)
 
 
 def read_table(file, layout, nrows=None):
-    """A label file with str columns. Empty cells are missing; 'NA' and '007' stay what they are."""
-    if file.endswith('.json'):
-        return pd.read_json(file, dtype=False).astype(str)
+    """A label file with str columns, without spaces around names and cells. Empty cells are missing; 'NA' and '007' stay
+    what they are."""
+    try:
+        if file.endswith('.json'):
+            table = pd.read_json(file, dtype=False)
+            table = table.astype(str).where(table.notna())
+        else:
+            table = read_csv(file, layout, nrows)
+    except (ValueError, TypeError, AttributeError) as error:  # pandas' parser errors are ValueErrors
+        raise InputError(f'{file} cannot be read as a table: {" ".join(str(error).rstrip(".").split())}.') from error
+    table.columns = [str(name).strip() for name in table]
+    for name in {*layout.images, layout.label, 'domain'} & {*table}:
+        if [*table].count(name) > 1:
+            raise InputError(f'{file} has two columns {name}; delete or rename one.')
+        cells = table[name].dropna().tolist()
+        if cells != [*map(str.strip, cells)]:  # ten times as fast as to strip all
+            table[name] = table[name].str.strip().mask(lambda cells: cells == '')
+    return table
+
+
+def read_csv(file, layout, nrows):
+    """read_table of a file that is no JSON, in the encoding that it has."""
     with open(file, 'rb') as stream:
         utf16 = stream.read(2) in (b'\xff\xfe', b'\xfe\xff')
     read = partial(pd.read_csv, file, sep=layout.sep, skiprows=layout.skiprows, nrows=nrows, dtype=str,
                    keep_default_na=False, na_values=[''], skipinitialspace=True)
     try:
-        try:
-            return read(encoding='utf-16' if utf16 else 'utf-8-sig')
-        except UnicodeDecodeError:
-            return read(encoding='latin-1')  # what spreadsheets in Western Europe write
-    except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise InputError(f'{file} cannot be read as a table: {" ".join(str(error).split())}') from error
+        return read(encoding='utf-16' if utf16 else 'utf-8-sig')
+    except UnicodeDecodeError:
+        return read(encoding='latin-1')  # what spreadsheets in Western Europe write
 
 
 def locate(root, paths, folders, file):
     """Absolute paths, in the first of `folders` where a sample of them exists. None may leave that folder."""
-    text = '\n' + '\n'.join(paths)  # one search in C: ten million rows take seconds
-    odd = any(mark in text for mark in ('\\', './', '..', '//', '\n/'))
-    paths = paths.str.replace('\\', '/', regex=False) if odd else paths
+    odd = holds(paths, './', '..', '//', '\n/')
     sample = paths.iloc[np.linspace(0, len(paths) - 1, min(len(paths), 64)).astype(int)]
     for start in folders:
         base = os.path.normpath(os.path.join(root, start)).rstrip('/')
-        lost = [path for path in sample if not os.path.exists(os.path.join(base + '/', path))]
+        lost = absent(base, sample)
+        if lost and len(again := absent(base, sample.map(latin_bytes))) < len(lost):
+            paths, lost = paths.map(latin_bytes), again
         if len(lost) < len(sample):
             break
     full = base + '/' + paths
@@ -202,8 +232,18 @@ def locate(root, paths, folders, file):
         raise MissingError(f'{file}: expected {full.iloc[0]}, found {contents_of(root)}; give the folder '
                            'that the paths start from as ROOT or root.')
     if lost:
-        print(f'{file}: {len(lost)} of {len(sample)} images looked at do not exist, the first is {lost[0]}')
+        print(printable(f'{file}: {len(lost)} of {len(sample)} images looked at do not exist, the first is {lost[0]}'))
     return full
+
+
+def absent(base, paths):
+    """Those of the paths below a folder that are no files."""
+    return [path for path in paths if not os.path.isfile(os.path.join(base + '/', path))]
+
+
+def latin_bytes(path):
+    """A path that was read as latin-1 with the bytes that it had: names in other code pages are so on the disk."""
+    return os.fsdecode(path.encode('latin-1', 'replace'))
 
 
 def check_one_each(frame, column, other, source):
@@ -215,9 +255,14 @@ def check_one_each(frame, column, other, source):
                          f'{twice[other].iloc[0]} and {twice[other].iloc[1]}; it can have one.')
 
 
+@any_names
 def list_images(folder):
     """Every image below a folder, however it is arranged: DataFrame path, label (its folder's name), domain."""
-    paths = sorted(str(path) for path in user_path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise MissingError(f'{folder} holds no images ({", ".join(IMAGE_SUFFIXES)}).')
-    return pd.DataFrame({'path': paths, 'label': [Path(path).parent.name for path in paths], 'domain': ''})
+    root = os.path.abspath(user_path(folder))
+    below, passed = walk_images(root)
+    if not below:
+        raise MissingError(f'{folder} holds no images ({", ".join(sorted(image_suffixes()))}), '
+                           f'found {contents_of(root, passed)}.')
+    say_passed(root, passed)
+    paths = [root + name for name in below]
+    return pd.DataFrame({'path': paths, 'label': [os.path.basename(os.path.dirname(path)) for path in paths], 'domain': ''})

@@ -15,7 +15,7 @@ from accelerate.utils import gather, gather_object
 from guie.checkpoints import load_run, save_run
 from guie.config import Config
 from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
-from guie.files import progress_bar, state_hash, user_path, whole_file
+from guie.files import printable, progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
 from guie.retrieval import score_table
 from guie.splits import SELECTION, Splits
@@ -52,7 +52,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
         unreadable = sorted(set(gather_object(unreadable)))
     vectors = vectors.cpu().numpy()
     if unreadable and rank == 0:
-        print(f'{len(unreadable)} images could not be read, first {unreadable[0]}; they count as a black square.')
+        print(f'{len(unreadable)} images could not be read, first {printable(unreadable[0])}; they count as a black square.')
     if cache and rank == 0:
         save_vectors(cache, vectors, paths, key)
     if processes > 1:

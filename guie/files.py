@@ -64,9 +64,14 @@ def reason_of(error):
 
 
 def write_text(path, text):
-    """Writes a text file, whole or not at all."""
+    """Writes a text file, whole or not at all; in UTF-8, but for paths that are not, which keep their bytes."""
     with whole_file(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, 'utf-8', 'surrogateescape')
+
+
+def printable(text):
+    """A text that print and figures can show: bytes of a path that are no UTF-8 as '\\udcff'."""
+    return text.encode(errors='backslashreplace').decode()
 
 
 def attached_folders(places=ATTACHED, depth=6):

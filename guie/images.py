@@ -1,4 +1,5 @@
 """Images: a file becomes a square of uint8 pixels, augmented, in batches that are the same whatever the workers."""
+import io
 import os
 import warnings
 from contextlib import contextmanager, suppress
@@ -11,13 +12,27 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from guie.errors import FileError, InputError
 from guie.files import did_you_mean
 
-IMAGE_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some run other programs
+with suppress(ImportError):  # Pillow reads HEIC, as phones write it, by this plugin alone
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
+
+IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'JPEG2000', 'TIFF', 'GIF', 'BMP', 'DIB', 'PPM', 'QOI')
+# Pillow knows more: some run other programs, some have no signature and would make pictures of damaged files
+NEEDED = {'heic': 'pillow-heif', 'heif': 'pillow-heif', 'hif': 'pillow-heif', 'avif': 'pillow 11.3 or later'}
+WHITE = (1, 255, 1023, 4095, 16383, 65535)  # what counts as white in images of more than 8 bits, which do not say it
+
+
+def image_suffixes():
+    """Suffixes, without the dot and in small letters, of the files that Pillow reads here: {'jpg', 'png', ...}."""
+    Image.init()
+    return {suffix[1:] for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 
 
 def read_image(path, size, max_pixels=89_000_000):
@@ -27,25 +42,76 @@ def read_image(path, size, max_pixels=89_000_000):
 
 def read_pixels(path, size, max_pixels=89_000_000):
     """What read_image shows, as uint8 (size, size, 3). OSError, naming the file, if it cannot be decoded or is too large.
-    JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error."""
+    JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error. What
+    is decoded counts, so a JPEG may have 8 times max_pixels, or 4 times if it is progressive and all of it held at once."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise FileError(f'{image.width} × {image.height} pixels are more than {max_pixels:,}')
-            _, box = image.draft(None, (2 * size, 2 * size)) or (None, (0, 0, *image.size))
-            return upright(squash(to_rgb(image), size, box), image)
+        try:
+            return decode(path, size, max_pixels)
+        except ValueError as error:
+            return decode(without_texts(path, error), size, max_pixels)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        raise FileError(f'The image {path} cannot be read: {error}') from error
+        plugin = NEEDED.get(os.path.splitext(path)[1][1:].lower())
+        hint = f' (files of this kind need {plugin})' if plugin else ''
+        raise FileError(f'The image {path} cannot be read: {error}{hint}') from error
+
+
+def decode(file, size, max_pixels):
+    """read_pixels, raising whatever Pillow raises."""
+    try:
+        image = JpegImageFile(file)  # Image.open would refuse 200 megapixels before they can be reduced
+    except SyntaxError:
+        Image.init()
+        image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    with image:
+        most = max_pixels
+        if image.format == 'JPEG':
+            most *= 4 if 'progressive' in image.info else 8
+        check_size(image, most)
+        _, box = image.draft(None, (2 * size, 2 * size)) or (None, (0, 0, *image.size))
+        check_size(image, max_pixels)
+        return upright(squash(to_rgb(image), size, box), image)
+
+
+def check_size(image, most):
+    """OSError if an image has more than `most` pixels."""
+    if image.width * image.height > most:
+        raise FileError(f'{image.width} × {image.height} pixels are more than {most:,}')
+
+
+def without_texts(path, error):
+    """The bytes of a PNG without texts and profile, of which Pillow refuses more than a megabyte; else raises `error`."""
+    with open(path, 'rb') as file:
+        kept = [file.read(8)]
+        if kept[0] != b'\x89PNG\r\n\x1a\n':
+            raise error
+        while len(head := file.read(8)) == 8:
+            body = file.read(int.from_bytes(head[:4], 'big') + 4)
+            if head[4:5].isupper() or head[4:] in (b'tRNS', b'eXIf'):  # a capital: the picture depends on it
+                kept += head, body
+    return io.BytesIO(b''.join(kept))
 
 
 def to_rgb(image):
-    """A Pillow image as RGB: 16 bits cut to 8, transparency on white."""
-    if image.mode.startswith('I'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    """A Pillow image as RGB: more than 8 bits and floats by to_grey, transparency on white."""
+    if image.mode[0] in 'IF':
+        image = to_grey(image)
     elif image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
+
+
+def to_grey(image):
+    """A Pillow image of 16 or 32 bits or of floats as 8 bits: black is 0, white the smallest of WHITE that nothing exceeds.
+    The transparent grey of a PNG becomes white."""
+    values = np.array(image, np.float32)
+    clear = values == image.info.get('transparency', np.nan)
+    values[clear | np.isnan(values)] = 0
+    brightest = values.max(where=np.isfinite(values), initial=0)
+    white = next((level for level in WHITE if brightest <= 1.1 * level), WHITE[-1])  # resizing overshoots
+    values = values.clip(0, white) * (255 / white) + .5
+    values[clear] = 255
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def squash(image, size, box):

@@ -1,13 +1,14 @@
 """Splits: the classes that a run trains on, the sample for its PCA, and objects to choose by and to report on."""
+import csv
 import hashlib
 import os
 
 import numpy as np
 import pandas as pd
 
-from guie.datasets import check_one_each, read_dataset
+from guie.datasets import any_names, check_one_each, read_dataset
 from guie.errors import InputError
-from guie.files import literal, user_path, whole_file
+from guie.files import literal, printable, user_path, whole_file
 
 
 def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
@@ -20,7 +21,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     for domain, part in frame.groupby('domain', sort=True):
         rng, counts = np.random.default_rng(seed), part['label'].value_counts().sort_index()
         if n_classes is not None and n_classes > len(counts):
-            print(f'{domain}: {n_classes:,} classes asked for, all {len(counts):,} taken')
+            print(printable(f'{domain}: {n_classes:,} classes asked for, all {len(counts):,} taken'))
         counts = counts.iloc[rng.permutation(len(counts))[:n_classes]]
         part = part[part['label'].isin(counts.index[counts >= min_images])].sort_values('path', kind='stable')
         part = part.sort_values('label', kind='stable', key=lambda labels: pd.factorize(labels, sort=True)[0],
@@ -30,7 +31,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     if selection.empty:
         raise InputError(f'No class has {min_images} images; lower min_images or draw more classes.')
     classes = selection.groupby('domain')['label'].nunique()
-    parts = ', '.join(f'{count:,} {domain}' for domain, count in classes.items())
+    parts = printable(', '.join(f'{count:,} {domain}' for domain, count in classes.items()))
     print(f'{len(selection):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(selection)}')
     return selection
 
@@ -48,7 +49,7 @@ def split_by_class(frame, fraction, seed=5):
 def selection_hash(frame):
     """12 hex digits of SHA-256 over the sorted (label, file name) pairs: the same wherever the data lies."""
     pairs = sorted(f'{row.label}\n{os.path.basename(row.path)}' for row in frame.itertuples())
-    return hashlib.sha256('\n'.join(pairs).encode()).hexdigest()[:12]
+    return hashlib.sha256('\n'.join(pairs).encode(errors='surrogateescape')).hexdigest()[:12]
 
 
 SELECTION = ('selection_query', 'selection_index')  # of the splits of a run: objects to make choices on
@@ -60,7 +61,8 @@ class Splits(dict):
     def table(self):
         """DataFrame split, images, classes, domains, hash."""
         return pd.DataFrame([{'split': name, 'images': len(frame), 'classes': frame['label'].nunique(),
-                              'domains': ', '.join(sorted(frame['domain'].unique())), 'hash': selection_hash(frame)}
+                              'domains': printable(', '.join(sorted(frame['domain'].unique()))),
+                              'hash': selection_hash(frame)}
                              for name, frame in self.items()]).set_index('split')
 
     def __repr__(self):
@@ -70,14 +72,16 @@ class Splits(dict):
         return self.table().to_html()
 
     def save(self, path):
-        """Writes all splits as one CSV split, path, label, domain."""
+        """Writes all splits as one CSV split, path, label, domain; paths that are not UTF-8 keep their bytes."""
         with whole_file(path) as beside:
-            pd.concat([frame.assign(split=name) for name, frame in self.items()]).to_csv(beside, index=False)
+            pd.concat([frame.assign(split=name) for name, frame in self.items()]).to_csv(
+                beside, index=False, quoting=csv.QUOTE_ALL, errors='surrogateescape')  # some names hold a bare \r
 
     @classmethod
+    @any_names
     def load(cls, path):
         """The splits that `save` wrote."""
-        table = pd.read_csv(user_path(path), dtype=str, keep_default_na=False)
+        table = pd.read_csv(user_path(path), dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
         return cls({name: part.drop(columns='split').reset_index(drop=True)
                     for name, part in table.groupby('split', sort=False)})
 

@@ -4,7 +4,6 @@ import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import open_clip
 import timm

@@ -1,6 +1,7 @@
 """Training: the loop, readable from top to bottom; `accelerate launch -m guie.training RUN_DIR` runs it on several GPUs."""
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from guie.config import Config
 from guie.distributed import any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
 from guie.embedding import selection_score
 from guie.errors import Diverged, FileError, InputError, MemoryFull, Stopped
-from guie.files import ATTACHED, progress_bar, state_hash, user_path, write_text
+from guie.files import ATTACHED, printable, progress_bar, state_hash, user_path, write_text
 from guie.images import ImageDataset, loader
 from guie.losses import adaptive_margins, arcface_loss
 from guie.memory import fitted
@@ -152,7 +153,7 @@ def note_skipped(run, batches, dataset):
     progress.skipped += 1
     indices = run.accelerator.gather(torch.cat([batch['index'] for batch in batches]).to(run.accelerator.device)).tolist()
     if run.main:
-        with file.open('a') as lines:
+        with file.open('a', encoding='utf-8', errors='surrogateescape') as lines:
             lines.writelines(f'step {progress.step + 1}\t{dataset.paths[index]}\n' for index in indices)
     if progress.skipped > config.max_skipped:
         raise Diverged(
@@ -213,7 +214,7 @@ def finish(run, validate, unreadable):
         print(f'{run.folder.name}: hash of the weights {state_hash(open_checkpoint(run.folder))}')
         if unreadable:
             print(f'{len(unreadable)} images could not be read and were replaced by others of their class: '
-                  f'{run.folder / "unreadable.txt"}, first {unreadable[0]}')
+                  f'{run.folder / "unreadable.txt"}, first {printable(unreadable[0])}')
     run.model.eval()
 
 
@@ -239,10 +240,11 @@ def readable_errors(run, dataset):
 
 
 def write_unreadable(run, found):
-    """Adds paths to unreadable.txt, which holds those of the run's earlier sessions too; returns all of them."""
+    """Adds paths to unreadable.txt, which holds those of the run's earlier sessions too; returns all of them. A path is a
+    line, with \\n for a newline in it."""
     file = run.folder / 'unreadable.txt'
-    before = file.read_text().splitlines() if file.exists() else []
-    paths = sorted({*before, *found})
+    before = os.fsdecode(file.read_bytes()).split('\n')[:-1] if file.exists() else []
+    paths = sorted({*before, *(path.replace('\n', '\\n') for path in found)})
     try:
         if run.main and paths != before:
             write_text(file, '\n'.join(paths) + '\n')

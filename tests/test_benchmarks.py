@@ -22,7 +22,7 @@ CONFIG = Config(**demo.settings({'image_size': 32})).override(
 NAMES = next(line for line in MAKEFILE.read_text().splitlines() if line.startswith('BENCHMARKS =')).split()[2:]
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [*NAMES, 'listing'])
 def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
     if name == 'neighbours':
         pytest.importorskip('faiss', reason='without faiss (benchmarks/requirements.txt) its benchmark is untested')

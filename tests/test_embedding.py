@@ -1,5 +1,6 @@
 """Embedding: a vector an image, in order, by one process or two; kept in files that are used for the same weights alone."""
 import dataclasses
+import os
 import re
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_vectors_are_found_in_any_of_several_files_and_only_the_first_is_written
     made = embed(model, train, cache=tmp_path / 'own.npz', known=known[:2])
     assert contents(tmp_path).keys() - before.keys() == {'own.npz'}
     assert np.array_equal(cached_vectors(tmp_path / 'own.npz', paths, vectors_hash(model)), made)
+
+
+@pytest.mark.parametrize('name', ['可乐'.encode('gbk'), 'ü'.encode('cp437'), b'\xff\xfe', '可乐'.encode()])
+def test_vectors_are_kept_for_paths_of_any_bytes_and_an_unreadable_one_is_named(train, tmp_path, name, capsys):
+    broken = tmp_path / os.fsdecode(name)
+    broken.write_bytes(b'no image')
+    frame = train.head(3).assign(path=[str(broken), *train['path'][1:3]])
+    vectors = embed(small_model(), frame, cache=tmp_path / 'vectors.npz')
+    said = capsys.readouterr().out
+    assert said.encode() and '1 images could not be read, first ' in said
+    paths, key = np.array(frame['path'].tolist(), str), vectors_hash(small_model())
+    assert np.array_equal(cached_vectors(tmp_path / 'vectors.npz', paths, key), vectors)
 
 
 def whole_cache(file, paths, key):

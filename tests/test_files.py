@@ -76,6 +76,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == ({'file': old} if old else {})
 
 
+@pytest.mark.parametrize('text', ['plain', 'café 可乐', *map(os.fsdecode, ('可乐'.encode('gbk'), bytes(range(128, 256))))])
+def test_a_text_keeps_its_bytes_and_can_be_printed_whatever_it_is(tmp_path, text):
+    files.write_text(tmp_path / 'file', text)
+    assert (tmp_path / 'file').read_bytes() == os.fsencode(text)
+    shown = files.printable(f'{tmp_path}/{text}')
+    assert shown.encode().isascii() or shown == f'{tmp_path}/{text}'
+
+
 def test_an_error_that_is_no_file_systems_passes_and_leaves_the_old_file(tmp_path):
     files.write_text(tmp_path / 'file', 'old')
     for error in (ValueError('no number'), KeyboardInterrupt()):

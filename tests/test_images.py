@@ -44,12 +44,38 @@ JPEG = encode(BASE, 'JPEG', quality=95)
 PNG = encode(BASE, 'PNG')
 
 
+def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def with_chunks(png, *chunks, after=b'IHDR'):
+    """A PNG with more chunks."""
+    place = png.index(after) - 4
+    place += 12 + int.from_bytes(png[place:place + 4], 'big')
+    return png[:place] + b''.join(chunks) + png[place:]
+
+
+def deep_grey(bits):
+    """GREY as numbers of so many bits, in 16."""
+    return (GREY.astype(np.float32) / 255 * (2**bits - 1)).round().astype(np.uint16)
+
+
+def grey_with_clear_half():
+    """A PNG of 16 bits whose right half is of the one grey that is transparent."""
+    pixels = GREY.astype(np.uint16) * 257
+    pixels[:, 32:] = 7
+    return with_chunks(encode(Image.fromarray(pixels), 'PNG'), chunk(b'tRNS', struct.pack('>H', 7)))
+
+
+def float_grey(white, **pixels):
+    """A TIFF of floats from 0 to `white`, with some odd ones in a corner."""
+    values = GREY.astype(np.float32) / 255 * white
+    values.flat[:len(pixels)] = [*pixels.values()]
+    return encode(Image.fromarray(values), 'TIFF')
+
+
 def png_of_size(width, height):
     """A PNG that only claims a size; its pixels are missing."""
-
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-
     return (
         b'\x89PNG\r\n\x1a\n'
         + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
@@ -58,9 +84,10 @@ def png_of_size(width, height):
     )
 
 
-def jpeg_of_size(width, height):
+def jpeg_of_size(width, height, progressive=False):
     start = JPEG.index(b'\xff\xc0')
-    return JPEG[: start + 5] + struct.pack('>HH', height, width) + JPEG[start + 9 :]
+    kind = b'\xff\xc2' if progressive else b'\xff\xc0'
+    return JPEG[:start] + kind + JPEG[start + 2:start + 5] + struct.pack('>HH', height, width) + JPEG[start + 9:]
 
 
 def palette(**options):
@@ -85,6 +112,8 @@ def with_exif(orientation, pixels=BASE):
     return encode(pixels, 'JPEG', quality=95, exif=exif)
 
 
+MUCH = zlib.compress(bytes(2_000_000))
+JPEG_108 = encode(Image.new('L', (12000, 9000), 99), 'JPEG')
 MOVING = {'save_all': True, 'append_images': [Image.new('RGB', (64, 48), 'red')]}
 READABLE = {  # bytes, what they must look like at 16 × 16, mean absolute tolerance
     'JPEG': (JPEG, SMALL, 3),
@@ -101,6 +130,32 @@ READABLE = {  # bytes, what they must look like at 16 × 16, mean absolute toler
     'TIFF of 16 bits': (encode(Image.fromarray(GREY.astype(np.uint16) * 257), 'TIFF'), GREY_SMALL, 1),
     'TIFF of 32 bits, white beyond 16': (
         encode(Image.fromarray(np.full((9, 9), 2**20, np.int32)), 'TIFF'), np.full((16, 16, 3), 255), 0),
+    **{f'{kind} of {bits} bits in 16': (encode(Image.fromarray(deep_grey(bits)), kind), GREY_SMALL, 1)
+       for bits in (8, 10, 12, 14) for kind in ('PNG', 'TIFF')},
+    'TIFF of floats 0 to 1': (float_grey(1), GREY_SMALL, 1),
+    'TIFF of floats a little above 1': (float_grey(1, overshoot=1.04), GREY_SMALL, 1),
+    'TIFF of floats 0 to 255': (float_grey(255), GREY_SMALL, 1),
+    'TIFF of floats, some no numbers': (float_grey(1, none=np.nan, below=-np.inf), GREY_SMALL, 6),
+    'TIFF of floats, infinite is white': (encode(Image.fromarray(np.full((9, 9), np.inf, np.float32)), 'TIFF'),
+                                          np.full((16, 16, 3), 255), 0),
+    'TIFF of CMYK': (encode(Image.fromarray(BASE).convert('CMYK'), 'TIFF'), SMALL, 1),
+    'TIFF of palette and alpha': (encode(Image.fromarray(GREY).convert('PA'), 'TIFF'), GREY_SMALL, 1),
+    'PNG of 16 bits with a transparent grey': (
+        grey_with_clear_half(), np.where(np.arange(16)[None, :, None] < 8, GREY_SMALL, 255), 4),
+    'PNG with a megabyte of text': (with_chunks(PNG, chunk(b'zTXt', b'key\0\0' + MUCH)), SMALL, 1),
+    'PNG with a megabyte of text at its end': (
+        with_chunks(PNG, chunk(b'iTXt', b'key\0\1\0\0\0' + MUCH), after=b'IDAT'), SMALL, 1),
+    'PNG with a profile of a megabyte': (with_chunks(PNG, chunk(b'iCCP', b'key\0\0' + MUCH)), SMALL, 1),
+    'PNG with many texts': (with_chunks(PNG, *[chunk(b'tEXt', b'key\0' + bytes(9_000_000))] * 8), SMALL, 1),
+    'PNG with much text and a transparent colour': (
+        with_chunks(key_colour(), chunk(b'zTXt', b'key\0\0' + MUCH)), WHITE_RIGHT, 4),
+    'JPEG of 108 megapixels': (JPEG_108, np.full((16, 16, 3), 99), 1),
+    'progressive JPEG of 108 megapixels': (
+        encode(Image.new('L', (12000, 9000), 99), 'JPEG', progressive=True), np.full((16, 16, 3), 99), 1),
+    'JPEG of 200 megapixels': (encode(Image.new('L', (16320, 12240), 99), 'JPEG'), np.full((16, 16, 3), 99), 1),
+    'AVIF': (encode(BASE, 'AVIF', quality=95) if 'AVIF' in Image.SAVE else PNG, SMALL, 4),
+    'JPEG 2000': (encode(BASE, 'JPEG2000') if 'JPEG2000' in Image.SAVE else PNG, SMALL, 3),
+    'PPM': (encode(BASE, 'PPM'), SMALL, 1),
     'black and white PNG': (encode(Image.fromarray(GREY > 127), 'PNG'),
                             np.asarray(Image.fromarray(GREY > 127).convert('RGB').resize((16, 16), 3)), 1),
     'RGBA PNG': (encode(HALF, 'PNG'), WHITE_RIGHT, 4),
@@ -134,7 +189,11 @@ UNREADABLE = {  # bytes, what the sentence says
     'PostScript, which Pillow would hand to another program': (encode(BASE, 'EPS'), 'cannot identify'),
     'a bomb just above the limit': (png_of_size(10_000, 8_901), '10000 × 8901 pixels are more than 89,000,000'),
     'a PNG bomb': (png_of_size(50_000, 50_000), 'pixels'),
-    'a JPEG bomb': (jpeg_of_size(65_000, 65_000), 'pixels'),
+    'a JPEG bomb': (jpeg_of_size(65_000, 65_000), '65000 × 65000 pixels are more than 712,000,000'),
+    'a progressive JPEG bomb': (jpeg_of_size(20_000, 20_000, progressive=True), 'pixels are more than 356,000,000'),
+    'a PNG bomb with much text': (
+        with_chunks(png_of_size(50_000, 50_000), chunk(b'zTXt', b'key\0\0' + MUCH)), 'pixels'),
+    'a cut PNG with much text': (with_chunks(PNG, chunk(b'zTXt', b'key\0\0' + MUCH))[:-99], 'truncated|broken'),
     'a header without pixels': (png_of_size(100, 100), ''),
 }
 
@@ -171,6 +230,37 @@ def test_reading_leaves_pillows_global_switches_alone(tmp_path):
     (tmp_path / 'image.jpg').write_bytes(JPEG)
     read_image(tmp_path / 'image.jpg', 16)
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+
+
+def test_a_large_jpeg_that_cannot_be_reduced_enough_is_refused(tmp_path):
+    (tmp_path / 'image.jpg').write_bytes(JPEG_108)
+    with pytest.raises(OSError, match='12000 × 9000 pixels are more than 89,000,000'):
+        read_image(tmp_path / 'image.jpg', 5000)
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'jpeg', 'jpe', 'jfif', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'mpo', 'ppm'])
+def test_a_suffix_that_pillow_reads_here_is_an_images(suffix):
+    assert suffix in images.image_suffixes()
+
+
+@pytest.mark.parametrize('suffix', ['eps', 'ps', 'pdf', 'wmf', 'emf', 'grib', 'h5', 'mpeg', 'svg', 'txt', ''])
+def test_a_suffix_of_what_is_no_image_or_would_run_another_program_is_none(suffix):
+    assert suffix not in images.image_suffixes()
+
+
+def test_a_plugin_that_the_user_registered_is_taken_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    for table in ('OPEN', 'EXTENSION', 'ID'):
+        monkeypatch.setattr(Image, table, getattr(Image, table).copy())
+    for suffix in [suffix for suffix, name in Image.EXTENSION.items() if name == 'HEIF']:
+        del Image.EXTENSION[suffix]  # where the plugin is installed
+    Image.OPEN.pop('HEIF', None)
+    (tmp_path / 'image.HEIC').write_bytes(b'\0\0\0\x18ftypheic')
+    with pytest.raises(OSError, match='cannot be read: .* \\(files of this kind need pillow-heif\\)$'):
+        read_image(tmp_path / 'image.HEIC', 16)
+    assert 'heic' not in images.image_suffixes()
+    Image.register_open('HEIF', lambda file, name: Image.open(io.BytesIO(PNG)), lambda start: start[4:12] == b'ftypheic')
+    Image.register_extension('HEIF', '.heic')
+    assert 'heic' in images.image_suffixes() and difference(read_image(tmp_path / 'image.HEIC', 16), SMALL) <= 1
 
 
 STORED = {  # orientation -> how the upright picture lies in the file

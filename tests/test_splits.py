@@ -1,4 +1,5 @@
 """Splits: which classes a run trains on, and objects held out of them; as a table, and as a file."""
+import os
 import shutil
 
 import numpy as np
@@ -219,6 +220,27 @@ def test_saved_splits_come_back_in_the_same_order_with_every_label_as_it_was(spl
         pd.testing.assert_frame_equal(again[name], frame.reset_index(drop=True))
     again.save(tmp_path / 'twice.csv')
     assert (tmp_path / 'twice.csv').read_bytes() == (tmp_path / 'new/splits.csv').read_bytes()
+
+
+@pytest.mark.parametrize('name', [*map(os.fsdecode, ('可乐'.encode('gbk'), 'ü'.encode('cp437'), b'\xff\xfe')), '可乐',
+                                  'two\nlines', 'return\rhere', 'tab\there', 'line\u2028separator', '\x0b\x1c'])
+def test_a_path_may_be_of_any_bytes(name, tmp_path, capsys):
+    for folder in ('a', name):
+        (tmp_path / name / folder).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / name / folder / f'{number}{name}.jpg').touch()
+    frame = select_classes(read_dataset(tmp_path / name))
+    assert len(frame) == 8 and set(frame['label']) == {'a', name} and set(frame['domain']) == {name}
+    splits = Splits(train=frame, query=frame.head(3))
+    splits.save(tmp_path / 'splits.csv')
+    again = Splits.load(tmp_path / 'splits.csv')
+    pd.testing.assert_frame_equal(again['train'], frame)
+    assert again.table().equals(splits.table()) and repr(splits).encode() and splits._repr_html_().encode()
+    assert selection_hash(frame) != selection_hash(frame.assign(label='b')) and capsys.readouterr().out.encode()
+
+
+def test_the_hash_of_a_selection_of_plain_names_is_what_it_was():
+    assert selection_hash(table({'a': 2, 'b': 1})) == '8f57f68b8d9c'
 
 
 def test_the_splits_of_a_run_survive_their_file(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -230,6 +231,22 @@ def test_an_unreadable_image_is_replaced_counted_and_listed(train, tmp_path, cap
     fit(CONFIG.override(epochs=1, effective_batch=72), small_model(), frame, tmp_path / 'run')
     assert (tmp_path / 'run/unreadable.txt').read_text().splitlines() == paths
     assert '1 images could not be read and were replaced by others of their class' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', [*map(os.fsdecode, ('可乐'.encode('gbk'), 'ü'.encode('cp437'), b'\xff\xfe')), '可乐',
+                                  'line\u2028separator', 'return\rhere', '\x0b\x1c'])
+def test_an_unreadable_path_may_be_of_any_bytes_and_is_a_line(tmp_path, name):
+    run = SimpleNamespace(folder=tmp_path, main=True)
+    for found in (['/a.jpg', f'/{name}.jpg'], ['/b.jpg'], []):
+        listed = training.write_unreadable(run, found)
+    assert listed == sorted(['/a.jpg', '/b.jpg', f'/{name}.jpg'])
+    assert (tmp_path / 'unreadable.txt').read_bytes() == os.fsencode('\n'.join(listed) + '\n')
+
+
+def test_a_newline_in_an_unreadable_path_does_not_make_two_of_it(tmp_path):
+    run = SimpleNamespace(folder=tmp_path, main=True)
+    for _ in range(2):
+        assert training.write_unreadable(run, ['/two\nlines.jpg']) == ['/two\\nlines.jpg']
 
 
 def test_unreadable_images_are_listed_at_each_state_and_over_sessions(train, tmp_path, monkeypatch):
