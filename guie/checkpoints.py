@@ -41,9 +41,10 @@ class Checkpoint(dict):
 
     @property
     def score(self):
-        """mP@5 at 64 dimensions that its run left in scores.csv beside it, or None, as for a file that is no run's."""
+        """mP@5 at 64 dimensions, or as many as its data allow, that its run left in scores.csv beside it, or None, as for a
+        file that is no run's."""
         scores, of_run = self.path.with_name('scores.csv'), self.path.name == 'model.safetensors'
-        found = pd.read_csv(scores).query('dim == 64')['mp5'] if of_run and scores.exists() else ()
+        found = pd.read_csv(scores).query('dim <= 64')['mp5'] if of_run and scores.exists() else ()
         return float(found.iloc[-1]) if len(found) else None
 
 

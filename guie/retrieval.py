@@ -8,7 +8,7 @@ import torch
 
 from guie.errors import InputError
 from guie.files import write_text
-from guie.projection import fit_pca, project
+from guie.projection import dims_of, fit_pca, project
 
 
 @torch.no_grad()
@@ -165,23 +165,24 @@ def precisions_of(vectors, splits, dim=64, projection=None, split=''):
 def score_table(stage, name, vectors, splits, *, dims=(None, 64), projection=None, seconds=math.nan, split=''):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, seconds, a row for each entry of dims.
     vectors: dict of embed_all. dims: None is the full width; a number is projected with this projection, by default one PCA
-    for all. split: 'selection_' scores the objects for choices instead."""
-    width, rows = vectors[f'{split}query'].shape[1], []
-    dims = [dim and min(dim, width) for dim in dims]
-    if projection is None and any(dims):
-        projection = fit_pca(vectors['pca'], max(filter(None, dims)))
+    for all, and to no more columns than that has or the images allow. split: 'selection_' scores the objects for choices
+    instead."""
+    query, rows = vectors[f'{split}query'], []
+    if any(dims):
+        projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca'], max(filter(None, dims))))
+        most = projection(query[:1]).shape[1]
+        dims = dict.fromkeys(dim and min(dim, most) for dim in dims)
     for dim in dims:
         precisions = precisions_of(vectors, splits, dim, projection, split)
         if left_out := int(np.isnan(precisions).sum()):
             print(f'{left_out} of {len(precisions)} queries have no image of their object in the index: left out')
-        rows.append({'stage': stage, 'model': name, 'dim': dim or width, 'mp5': float(np.nanmean(precisions)),
+        rows.append({'stage': stage, 'model': name, 'dim': dim or query.shape[1], 'mp5': float(np.nanmean(precisions)),
                      'seconds': seconds})
     return pd.DataFrame(rows)
 
 
 def scores_by_domain(vectors, splits, dim=64, projection=None):
     """mP@5 of each kind of object -> DataFrame domain, mp5, queries (judged), left_out."""
-    dim = min(dim, vectors['query'].shape[1])
     table = pd.DataFrame({'domain': splits['query']['domain'], 'mp5': precisions_of(vectors, splits, dim, projection)})
     return table.groupby('domain', as_index=False).agg(
         mp5=('mp5', 'mean'), queries=('mp5', 'count'), left_out=('mp5', lambda scores: scores.isna().sum()))
