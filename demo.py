@@ -261,12 +261,18 @@ def zero_shot():
             'photos': str(make_world(RUNS / 'world') / 'selection')}
 
 
-def sources():
-    """The emoji world's CSV files, as utilities.load_data takes them."""
+def sources(given=None):
+    """The emoji world's CSV files, as utilities.load_data takes them, but for those that are given; {name: source} as it is
+    where it has training images of one's own."""
+    given = {name: source for name, source in (given or {}).items() if source}
+    if 'train' in given:
+        print(f'DEMO: a miniature CLIP of 3 million parameters on {given["train"]}. Its scores are low; the real towers '
+              f'want a GPU (on Kaggle: GPU T4 x2).')
+        return given
     print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')
     world = make_world(RUNS / 'world')
     files = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
-    return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]}
+    return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]} | given
 
 
 def run_notebook(name, output, parameters):

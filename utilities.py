@@ -5,15 +5,16 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     errors       what a user can mend, each one sentence
     files        whole or no files, attached inputs, hashes
     distributed  one or several GPUs, and a stop that saves
+    weights      files of anybody's weights, under our names
     images       an image file to a uint8 square, augmented, in batches
     listing      which files are images, and what is passed over
     config       the frozen settings of a run
     datasets     known data sets, folders and CSVs to tables
+    sources      what a folder of one's own means
     splits       what is trained on, chosen by and reported on
     losses       margins and sub-centre ArcFace
     projection   d numbers to at most 64, by a PCA
     retrieval    neighbours, mP@5 and how sure it is
-    weights      files of anybody's weights, under our names
     towers       pretrained image towers
     text         text towers and vocabularies
     model        head, Embedder, learning rates
@@ -49,7 +50,7 @@ from guie.plots import (
     show_neighbours,
 )
 from guie.projection import Projection, concatenate, fit_pca, l2_normalise, project, random_projection
-from guie.recipes import RECIPES, follow_recipe, train
+from guie.recipes import RECIPES, begin_run, follow_recipe, train
 from guie.retrieval import (
     gain_table,
     mean_precision_at_5,
@@ -60,7 +61,7 @@ from guie.retrieval import (
     score_table,
     scores_by_domain,
 )
-from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
+from guie.soups import StateEmbedder, average_states, data_of, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import Splits, load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
 from guie.text import load_text_tower, read_vocabulary, text_vectors
@@ -85,8 +86,8 @@ __all__ = [
     'embed', 'embed_all',
     'training_plan',
     'fit', 'write_job',
-    'RECIPES', 'follow_recipe', 'train',
-    'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
+    'RECIPES', 'begin_run', 'follow_recipe', 'train',
+    'StateEmbedder', 'average_states', 'data_of', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
     'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
     'show_augmentation', 'show_neighbours',

@@ -41,12 +41,12 @@ class Checkpoint(dict):
 
     @property
     def score(self):
-        """mP@5 at 64 dimensions that its run left in scores.csv beside it, or None, as for a file that is no run's."""
+        """mP@5 at 64 dimensions, or as many as its data allow, that its run left in scores.csv; None for another file."""
         scores = self.path.with_name('scores.csv')
         if self.path.name != 'model.safetensors' or not scores.exists():
             return None
         try:
-            found = pd.read_csv(scores).query('dim == 64')['mp5']
+            found = pd.read_csv(scores).query('dim <= 64')['mp5']
             return float(found.iloc[-1]) if len(found) else None
         except (ValueError, LookupError, NameError):  # empty, cut or another table
             print(f'{scores} cannot be read, so {self.name} counts as not scored')

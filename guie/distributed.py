@@ -21,8 +21,8 @@ from accelerate import PartialState
 from guie.errors import Diverged, FileError, InputError, MemoryFull, MissingError, ProcessError, Stopped
 from guie.files import reason_of
 
-ERRORS = {kind.__name__: kind for kind in (Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError,
-                                           KeyboardInterrupt)}
+KINDS = Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError, KeyboardInterrupt
+ERRORS = {kind.__name__: kind for kind in KINDS}
 LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
 WORDS = re.compile(r'([\w.]+(Error|Exception)(: |$))|.* error: |.*: No module named ')  # a reason, in what processes print
 

@@ -3,7 +3,7 @@ import io
 import os
 import warnings
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 
 import cv2
@@ -19,19 +19,24 @@ from torchvision.transforms import v2
 from guie.errors import FileError, InputError
 from guie.files import did_you_mean
 
-with suppress(ImportError):  # Pillow reads HEIC, as phones write it, by this plugin alone
-    from pillow_heif import register_heif_opener
-    register_heif_opener()
-
 IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'JPEG2000', 'TIFF', 'GIF', 'BMP', 'DIB', 'PPM', 'QOI')
 # Pillow knows more: some run other programs, some have no signature and would make pictures of damaged files
 NEEDED = {'heic': 'pillow-heif', 'heif': 'pillow-heif', 'hif': 'pillow-heif', 'avif': 'pillow 11.3 or later'}
 WHITE = (1, 255, 1023, 4095, 16383, 65535)  # what counts as white in images of more than 8 bits, which do not say it
 
 
+@cache
+def register_plugins():
+    """Lets Pillow read all that it can here: HEIC, as phones write it, by a plugin that may be installed."""
+    Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
+
+
 def image_suffixes():
     """Suffixes, without the dot and in small letters, of the files that Pillow reads here: {'jpg', 'png', ...}."""
-    Image.init()
+    register_plugins()
     return {suffix[1:] for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 
 
@@ -60,7 +65,7 @@ def decode(file, size, max_pixels):
     try:
         image = JpegImageFile(file)  # Image.open would refuse 200 megapixels before they can be reduced
     except SyntaxError:
-        Image.init()
+        register_plugins()
         image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
     with image:
         most = max_pixels

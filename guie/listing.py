@@ -17,6 +17,12 @@ def hidden(name):
     return name[0] == '.' or name in COMPANIONS
 
 
+def is_image(name, suffixes):
+    """Whether a file of this name is an image, as far as the name says. suffixes: of image_suffixes."""
+    _, dot, suffix = name.rpartition('.')
+    return bool(dot) and suffix.lower() in suffixes and name[0] != '.'
+
+
 def walk_images(root):
     """(sorted names below root of all image files, as '/cat/1.jpg'; a Counter of what else there is, by suffix).
     A file's suffix decides. Hidden files and folders do not count. No folder is listed twice: links to folders are followed
@@ -39,12 +45,9 @@ def walk_images(root):
             starts += filter(os.path.islink, [os.path.join(folder, name) for name in subfolders])
             below = folder[len(root):].replace(os.sep, '/') + '/'
             for name in files:
-                _, dot, suffix = name.rpartition('.')
-                if name[0] == '.':
-                    continue
-                if dot and suffix.lower() in suffixes:
+                if is_image(name, suffixes):
                     found.append(below + name)
-                else:
+                elif name[0] != '.':
                     passed[suffix_of(name)] += 1
     return sorted(found), passed
 

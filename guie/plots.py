@@ -140,7 +140,7 @@ def plot_scores(scores):
     bars = axis.barh(scores['model'], scores['mp5'], color=scores['stage'].map(STAGE_COLOURS))
     axis.bar_label(bars, fmt='%.3f', padding=3)
     axis.invert_yaxis()
-    axis.set(xlabel='mP@5 on never-seen objects', xlim=(0, 1.12 * scores['mp5'].max()))
+    axis.set(xlabel='mP@5 on never-seen objects', xlim=(0, 1.12 * (scores['mp5'].max() or 1)))
     figure.tight_layout()
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from guie.errors import InputError
 
 MAX_DIM = 64  # the competition's limit
+VARIED = 1e-7  # of the variance: float32 embeddings leave about 1e-8 of noise in a direction in which they do not differ
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Projection:
                              'give it embeddings of the model it was fitted on')
         bias = (self.components @ self.mean).astype(np.float32)
         return embeddings @ self.components.T.astype(np.float32) - bias
+
+    @property
+    def varied(self):
+        """Along how many of its directions the embeddings that it was fitted on differ: so many can be whitened."""
+        return int((self.explained_variance_ratio > VARIED).sum())
 
     def linear(self):
         """The same map as one frozen float32 nn.Linear(d, dim), the mean folded into its bias."""
@@ -74,8 +80,7 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     if weights is not None:
         rows, mean = weighted(rows, np.asarray(weights, dtype=np.float64))
     pca = PCA(dim, svd_solver='covariance_eigh').fit(rows)
-    variance, share = pca.explained_variance_.clip(min=0), np.nan_to_num(pca.explained_variance_ratio_)
-    varied = int((share > 1e-7).sum())  # float32 embeddings leave about 1e-8 of noise
+    variance, varied = pca.explained_variance_.clip(min=0), int((pca.explained_variance_ratio_ > VARIED).sum())
     if varied < (dim if whiten else 1):
         raise InputError(f'the embeddings vary in {varied} directions only: ask for no more, or do not whiten')
     scale = variance[:, None] ** (-whiten / 2) if whiten else 1
@@ -107,9 +112,14 @@ def check_dim(dim, d, n=np.inf):
             raise InputError(f'dim is {dim}, but {reason}: ask for 1 to {most}')
 
 
+def dims_of(embeddings, dim=MAX_DIM):
+    """As many dimensions, up to dim, as a PCA of (n, d) embeddings has: d, and fewer than n."""
+    return min(dim, embeddings.shape[1], len(embeddings) - 1)
+
+
 def project(vectors, dim=64, projection=None, split=''):
     """(query, index) of embed_all's vectors, L2-normalised at `dim` columns.
-    projection: any map (n, d) -> (n, dim or more columns, of which the first are taken); None: a PCA fitted on
-    vectors['pca'], the training images. split: 'selection_' for the objects that choices are made on."""
-    projection = projection or fit_pca(vectors['pca'], dim)
+    projection: any map (n, d) -> (n, columns, of which the first dim are taken); None: a PCA fitted on vectors['pca'], the
+    training images, to as many columns as they allow. split: 'selection_' for the objects that choices are made on."""
+    projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca'], dim))
     return tuple(l2_normalise(projection(vectors[split + part])[:, :dim]) for part in ('query', 'index'))

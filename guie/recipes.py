@@ -9,6 +9,8 @@ from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
+from guie.resume import refuse_other_config
+from guie.sources import data_name
 from guie.training import run_job, write_job
 
 
@@ -45,16 +47,35 @@ def follow_recipe(config, recipe):
     return config if recipe is None else replace(config, **RECIPES[recipe](config))
 
 
+def stage_folders(config, run_dir):
+    """[(folder, Config)] of the stages of a run, the last one in the run's own folder."""
+    *before, last = config.each_stage()
+    return [*((run_dir / f'{run_dir.name}-stage-{number}', stage) for number, stage in enumerate(before, start=1)),
+            (run_dir, last)]
+
+
+def begin_run(config, tower, out_dir, *, run=None, recipe=None, train=None):
+    """(configuration as the recipe says, folder of the run) of a training notebook, by its parameters.
+    The folder's name is `run`, or the tower's, the augmentation, the recipe and the name of the data, if they are one's own
+    (train). ValueError, before anything is loaded, if it holds a run with another configuration."""
+    config = follow_recipe(config, recipe)
+    names = [tower, config.augmentation, recipe, data_name(train) if train else None]
+    run_dir = Path(out_dir) / (run or '_'.join(filter(None, names)))
+    for folder, stage in stage_folders(config, run_dir):
+        refuse_other_config(folder, stage)
+    print('This run is written to', run_dir)
+    return config, run_dir
+
+
 def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
     """Trains a run on its splits, stage by stage, and writes it as training.fit says -> its Embedder.
     Several GPUs share the work by `accelerate launch`; processes: None is one a GPU. All stages but the last train in
     <run_dir>/<its name>-stage-<number>, each from the weights that the one before kept; these stay there as
     stage.safetensors, and where that file is found (below a folder of `search` too) the stage is not trained again. Run it
     again to resume. Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
-    run_dir, stages = user_path(run_dir), config.each_stage()
+    run_dir = user_path(run_dir)
     options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
-    for number, stage in enumerate(stages, start=1):
-        folder = run_dir if number == len(stages) else run_dir / f'{run_dir.name}-stage-{number}'
+    for folder, stage in stage_folders(config, run_dir):
         done = finished_stage(folder, stage, search)
         if done is None:
             train_stage(stage, splits, folder, processes or processes_here(), options)

@@ -21,6 +21,7 @@ from guie.config import Config, different_fields
 from guie.distributed import any_process
 from guie.errors import FileError, InputError, ProcessError
 from guie.files import ATTACHED, attached_folders, reason_of, write_text
+from guie.splits import other_images, refuse_other_data, trained_on
 
 BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a disk, mostly a network's, says of locks
@@ -34,7 +35,7 @@ class Progress:
     epoch: int = 0
     used: int = 0       # images of this epoch that all processes together have used
     best: float = -1.0  # best selection mP@5 so far
-    data: str = ''      # selection_hash of the images
+    data: str = ''      # describe(its images)
     skipped: int = 0    # steps left out because loss or gradient was not finite
     processes: int = 1  # that shared the work
 
@@ -179,12 +180,22 @@ def complete(run, beside):
         shutil.rmtree(old)
 
 
+def refuse_other_config(run_dir, config):
+    """ValueError if a folder holds a run, begun or finished, of another configuration."""
+    run_dir = Path(run_dir)
+    saved, weights = run_dir / 'config.json', [run_dir / f'{name}.safetensors' for name in ('model', 'stage')]
+    if saved.exists() and (saved_states(run_dir / 'state') or any(file.exists() for file in weights)):
+        if difference := different_fields(Config.load(saved), config):
+            raise InputError(f'{run_dir} holds a run with another configuration ({", ".join(difference)}): give this run '
+                             f'another name as RUN, or delete that folder.')
+
+
 def restore_state(run):
-    """Loads the newest state that loads; True if there was one. A state of another configuration or data is an error."""
-    saved, states, data = run.folder / 'config.json', saved_states(run.folder / 'state'), run.progress.data
-    if states and saved.exists() and (difference := different_fields(Config.load(saved), run.config)):
-        raise InputError(f'{run.folder} holds a run with another configuration ({", ".join(difference)}): give this '
-                         f'run another name, or delete that folder.')
+    """Loads the newest state that loads; True if there was one. A run of another configuration or data is an error."""
+    states = saved_states(run.folder / 'state')
+    if states:
+        refuse_other_config(run.folder, run.config)
+    refuse_other_data(run.folder, run.progress.data)
     for state in states:
         problem = None
         try:
@@ -200,15 +211,13 @@ def restore_state(run):
             problem = error
         if not any_process(run.accelerator, problem is not None)[0]:
             vars(run.progress).update(position['progress'])
-            if run.progress.data != data:
-                raise InputError(f'{run.folder} holds a run on other images (hash {run.progress.data}, now {data}): '
-                                 f'give this run another name, or delete that folder.')
             run.saved = run.progress.step, time.time()
             print_resumed(run, state)
             return True
         run.accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
     if states:  # parts of them may be in the model already
-        raise InputError(f'None of the states in {run.folder / "state"} can be read: delete this folder to start anew.')
+        raise InputError(f'None of the states in {run.folder / "state"} can be read: give this run another name as RUN, or '
+                         f'delete this folder to start anew.')
     return False
 
 
@@ -223,7 +232,7 @@ def print_resumed(run, state):
                               f'summed do not, so weights will differ slightly.')
 
 
-def copy_attached_state(run_dir, config, search=ATTACHED):
+def copy_attached_state(run_dir, config, data, search=ATTACHED):
     """Copies the newest whole state of this run, with its log and weights, out of an earlier output, as Kaggle attaches it,
     where there is none; looked for in folders of the run's name below those of `search`."""
     folder = run_dir / 'state'
@@ -240,6 +249,9 @@ def copy_attached_state(run_dir, config, search=ATTACHED):
             continue
         if difference:
             print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
+            continue
+        if other_images(there := trained_on(run), data):
+            print(f'{run} is of other images ({there}; now {data}) and is left alone.')
             continue
         try:
             for name in ('config.json', 'log.csv', BEST, 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):

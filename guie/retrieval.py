@@ -7,7 +7,7 @@ import torch
 
 from guie.errors import InputError
 from guie.files import user_path, write_text
-from guie.projection import fit_pca, project
+from guie.projection import dims_of, fit_pca, project
 
 
 @torch.no_grad()
@@ -105,8 +105,7 @@ def precision_at_5(query, query_labels, index, index_labels, exclude_self=False)
     """The competition's score of each query -> float64 (q,), NaN where the index shows none of its object.
     With n_q index images of the query's object and k_q = min(n_q, 5): the share of its k_q nearest that show it. query (q,
     d), index (n, d); labels: q and n hashable values that compare by ==, in any sequence. exclude_self: query i is index i,
-    which counts neither among its neighbours nor in n_q. ValueError: numbers that do not fit, no query with a relevant index
-    image."""
+    which counts neither among its neighbours nor in n_q. ValueError: numbers that do not fit, no query that can score."""
     sizes = len(query), len(query_labels), len(index), len(index_labels)
     if sizes[0] != sizes[1] or sizes[2] != sizes[3] or (exclude_self and sizes[0] != sizes[2]):
         raise InputError('{} queries with {} labels, {} index vectors with {} labels: give one label a vector'
@@ -164,23 +163,24 @@ def precisions_of(vectors, splits, dim=64, projection=None, split=''):
 def score_table(stage, name, vectors, splits, *, dims=(None, 64), projection=None, seconds=math.nan, split=''):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, seconds, a row for each entry of dims.
     vectors: dict of embed_all. dims: None is the full width; a number is projected with this projection, by default one PCA
-    for all. split: 'selection_' scores the objects for choices instead."""
-    width, rows = vectors[f'{split}query'].shape[1], []
-    dims = [dim and min(dim, width) for dim in dims]
-    if projection is None and any(dims):
-        projection = fit_pca(vectors['pca'], max(filter(None, dims)))
+    for all, and to no more columns than that has or the images allow. split: 'selection_' scores the objects for choices
+    instead."""
+    query, rows = vectors[f'{split}query'], []
+    if any(dims):
+        projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca'], max(filter(None, dims))))
+        most = projection(query[:1]).shape[1]
+        dims = dict.fromkeys(dim and min(dim, most) for dim in dims)
     for dim in dims:
         precisions = precisions_of(vectors, splits, dim, projection, split)
         if left_out := int(np.isnan(precisions).sum()):
             print(f'{left_out} of {len(precisions)} queries have no image of their object in the index: left out')
-        rows.append({'stage': stage, 'model': name, 'dim': dim or width, 'mp5': float(np.nanmean(precisions)),
+        rows.append({'stage': stage, 'model': name, 'dim': dim or query.shape[1], 'mp5': float(np.nanmean(precisions)),
                      'seconds': seconds})
     return pd.DataFrame(rows)
 
 
 def scores_by_domain(vectors, splits, dim=64, projection=None):
     """mP@5 of each kind of object -> DataFrame domain, mp5, queries (judged), left_out."""
-    dim = min(dim, vectors['query'].shape[1])
     table = pd.DataFrame({'domain': splits['query']['domain'], 'mp5': precisions_of(vectors, splits, dim, projection)})
     return table.groupby('domain', as_index=False).agg(
         mp5=('mp5', 'mean'), queries=('mp5', 'count'), left_out=('mp5', lambda scores: scores.isna().sum()))

@@ -9,14 +9,38 @@ import pandas as pd
 import torch
 
 from guie.checkpoints import Checkpoint, load_run, open_checkpoint, save_state
+from guie.config import Config
 from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5, score_table
-from guie.splits import Splits, sample_classes
+from guie.sources import named
+from guie.splits import Splits, describe, load_data, other_images, sample_classes
 from guie.weights import load_strictly
 
+OF_DATA = ('data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images')  # what of a Config decides its splits
 SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
+
+
+def data_of(ingredients, sources):
+    """(ingredients, splits): the data that ingredients, of find_ingredients, were trained on, by load_data's arguments
+    {name: source}. Those that were trained on other images are named and left out; ValueError if all were."""
+    runs, made = sum(ingredients.values(), []), {}
+    told = [json.loads(run.metadata.get('data', '""')) for run in runs]  # '': it is not known
+    for run, one in zip(runs, told):
+        config = Config(**{name: getattr(run.config, name) for name in OF_DATA})
+        splits = made[config] = made.get(config) or load_data(**sources, config=config)
+        if not other_images(one, here := describe(splits['train'])):
+            break
+    else:
+        raise InputError(f'{named(run.name for run in runs)} were not trained on the images of {sources["train"]} ({here}), '
+                         f'but {run.name} on {one}: give their data as TRAIN, or train on these.')
+    others = [id(run) for run, one in zip(runs, told) if other_images(one, here)]
+    for run, one in zip(runs, told):
+        if id(run) in others:
+            print(f'{run.name} was trained on other images ({one}) and is left out')
+    kept = {tower: [run for run in some if id(run) not in others] for tower, some in ingredients.items()}
+    return {tower: some for tower, some in kept.items() if some}, splits
 
 
 def average_states(paths, weights=None):

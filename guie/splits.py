@@ -1,14 +1,19 @@
 """Splits: the classes that a run trains on, the sample for its PCA, and objects to choose by and to report on."""
 import csv
 import hashlib
+import json
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from guie.datasets import any_names, check_one_each, read_dataset
+from guie.datasets import any_names, check_one_each
 from guie.errors import InputError
 from guie.files import literal, printable, user_path, whole_file
+from guie.sources import as_list, named, read_sources
+from guie.weights import read_weights
 
 
 def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
@@ -23,6 +28,8 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
         if n_classes is not None and n_classes > len(counts):
             print(printable(f'{domain}: {n_classes:,} classes asked for, all {len(counts):,} taken'))
         counts = counts.iloc[rng.permutation(len(counts))[:n_classes]]
+        if few := (counts < min_images).sum():
+            print(f'{domain}: {few:,} classes have fewer than {min_images} images (min_images) and are left out')
         part = part[part['label'].isin(counts.index[counts >= min_images])].sort_values('path', kind='stable')
         part = part.sort_values('label', kind='stable', key=lambda labels: pd.factorize(labels, sort=True)[0],
                                 ignore_index=True)  # by number: ten times as fast as by text
@@ -30,9 +37,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     selection = pd.concat(chosen or [frame], ignore_index=True)
     if selection.empty:
         raise InputError(f'No class has {min_images} images; lower min_images or draw more classes.')
-    classes = selection.groupby('domain')['label'].nunique()
-    parts = printable(', '.join(f'{count:,} {domain}' for domain, count in classes.items()))
-    print(f'{len(selection):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(selection)}')
+    print(printable(describe(selection)))
     return selection
 
 
@@ -50,6 +55,13 @@ def selection_hash(frame):
     """12 hex digits of SHA-256 over the sorted (label, file name) pairs: the same wherever the data lies."""
     pairs = sorted(f'{row.label}\n{os.path.basename(row.path)}' for row in frame.itertuples())
     return hashlib.sha256('\n'.join(pairs).encode(errors='surrogateescape')).hexdigest()[:12]
+
+
+def describe(frame):
+    """What images these are, in words; the last is selection_hash."""
+    classes = frame.groupby('domain')['label'].nunique()
+    parts = ', '.join(f'{count:,} {domain}' for domain, count in classes.items())
+    return f'{len(frame):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(frame)}'
 
 
 SELECTION = ('selection_query', 'selection_index')  # of the splits of a run: objects to make choices on
@@ -86,35 +98,93 @@ class Splits(dict):
                     for name, part in table.groupby('split', sort=False)})
 
 
-def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500):
+def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500,
+              run_dir=None):
     """The splits of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
-    train: what read_dataset takes, or a list of such. query, index: never-seen objects to report on; selection: a pair
-    (query, index) to make choices on. What is not given is made of classes held out of the training data (`held_out` of them
-    each, at most `most_held_out`): their images are dealt out in turn, one to the query, two to the index. A class that is
-    both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all."""
+    train: what read_dataset takes, or a list of such; a folder may hold train/ and val/. query, index: never-seen objects to
+    report on; selection: a pair (query, index) to make choices on. What is not given is made of classes held out of the
+    training data (`held_out` of them each, at most `most_held_out`): their images are dealt out in turn, one to the query,
+    two to the index. Where these would be too few it is made of images of the trained classes, and that is printed. A
+    class that is both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all. run_dir:
+    ValueError if a run of other images is there."""
     train, selection = literal(train, list, tuple), literal(selection, list, tuple)
-    given = [train] if isinstance(train, (str, os.PathLike)) else train
-    frame = pd.concat([read_dataset(source, root) for source in given], ignore_index=True)
-    splits = Splits()
-    for names, pair in ((('query', 'index'), (query, index)),
-                        (('selection_query', 'selection_index'), selection or (None, None))):
+    pairs = {('query', 'index'): (query, index), SELECTION: selection or (None, None)}
+    for names, pair in pairs.items():
         if (pair[0] is None) != (pair[1] is None):
             raise InputError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
-        if pair[0] is None:
-            share = min(held_out, most_held_out / max(1, frame['label'].nunique()))
-            frame, held = split_by_class(frame, share, seed=config.data_seed)
-            turn = held.groupby('label').cumcount() % 3
-            splits |= {names[0]: held[turn == 0].reset_index(drop=True), names[1]: held[turn > 0].reset_index(drop=True)}
+    frame, missing = read_sources(train, root), [names for names, pair in pairs.items() if pair[0] is None]
+    counts = frame['label'].value_counts()
+    if len(counts) < 2 or missing and counts.iloc[0] < 2:
+        raise InputError(f'{named(as_list(train))} holds {len(frame):,} images of {len(counts):,} classes '
+                         f'({named(counts.index)}), but training tells classes apart and scores find their images again: '
+                         f'give a folder of at least 2 class folders with 2 images each.')
+    splits = Splits({name: read_sources(source, root) for names, pair in pairs.items() if names not in missing
+                     for name, source in zip(names, pair)})
+    held, rest = hold_out_classes(frame, missing, held_out, most_held_out, config.data_seed)
+    least = min(config.min_images, int((rest if held else frame)['label'].value_counts().iloc[1]))
+    if least < config.min_images:
+        print(f'Fewer than 2 classes have {config.min_images} images (min_images): {least} are enough.')
+    if missing and not held:
+        print(f'{len(counts):,} classes are too few to hold some out: images of each are held out instead where they '
+              f'suffice, and searched among those that are trained on.')
+        if few := (counts < least).sum():
+            print(f'{few:,} classes have fewer than {least} images (min_images) and are left out')
+        held, rest = hold_out_images(frame[frame['label'].map(counts) >= least], missing, config.data_seed)
+        least = 1
+    splits |= held | {'train': select_classes(rest, least, config.max_images, config.n_classes, config.data_seed)}
+    train_on = splits['train']
+    for query, index in missing:
+        splits.setdefault(index, train_on[~train_on['path'].isin(splits[query]['path'])].reset_index(drop=True))
+    splits['pca'] = train_on.sample(min(len(train_on), config.pca_images), random_state=config.data_seed)
+    check_splits(splits, pairs)
+    if run_dir is not None:
+        refuse_other_data(run_dir, describe(train_on))
+    return Splits({name: splits[name] for name in (*sum(pairs, ()), 'train', 'pca')})
+
+
+def hold_out_classes(frame, pairs, share, most, seed):
+    """({name: table} of classes held out for each pair of names, the table without them); ({}, None) if of those of a pair
+    fewer than two have several images, or fewer than two were left to train on."""
+    held = {}
+    for names in pairs:
+        if len(labels := frame['label'].unique()) < 2:
+            return {}, None
+        frame, part = split_by_class(frame, min(share, most / len(labels)), seed)
+        if (part['label'].value_counts() > 1).sum() < 2 or frame['label'].nunique() < 2:
+            return {}, None
+        turn = part.groupby('label').cumcount() % 3
+        held |= {names[0]: part[turn == 0].reset_index(drop=True), names[1]: part[turn > 0].reset_index(drop=True)}
+    return held, frame
+
+
+def hold_out_images(frame, pairs, seed):
+    """({query: table} of one image in six of each class for each pair of names, the table without them). Of a class at least
+    two images stay; where nothing can be spared the query is one image a class, of those held out for the other query or
+    else of those trained on, and that is printed."""
+    order = frame.sort_values('path', ignore_index=True).sample(frac=1, random_state=seed)
+    place, size = order.groupby('label').cumcount(), order.groupby('label')['label'].transform('size')
+    each, held, taken = (size // 6).clip(lower=1), {}, place < 0
+    for number, (query, _) in enumerate(pairs):
+        chosen = (place // each == number) & (size - (number + 1) * each >= 2)
+        if not chosen.any():
+            chosen = (place == 0) & (size > 1)
+            print(f'No images can be spared for {query}: it is {chosen.sum():,} that are used otherwise too.')
         else:
-            splits |= dict(zip(names, (read_dataset(source, root) for source in pair), strict=True))
-    splits['train'] = select_classes(frame, config.min_images, config.max_images, config.n_classes, config.data_seed)
-    splits['pca'] = splits['train'].sample(min(len(splits['train']), config.pca_images), random_state=config.data_seed)
-    for name in ('query', 'selection_query'):
-        seen = set(splits[name]['label']) & set(splits['train']['label'])
-        if seen:
-            print(f'{len(seen)} of the classes in {name} are trained on too, so its score is not one of never-seen '
+            taken |= chosen
+        held[query] = order[chosen].sort_values(['label', 'path'], ignore_index=True)
+    return held, order[~taken]
+
+
+def check_splits(splits, pairs):
+    """Prints what limits the scores of a run; ValueError where there would be none."""
+    for query, index in pairs:
+        if not splits[query]['label'].isin(splits[index]['label']).any():
+            raise InputError(f'No image of {query} has its class in {index}: give images of the same classes as both.')
+        if seen := set(splits[query]['label']) & set(splits['train']['label']):
+            print(f'{len(seen)} of the classes in {query} are trained on too, so its score is not one of never-seen '
                   f'objects; first {min(seen)}')
-    return splits
+    if (most := len(splits['pca']) - 1) < 64:  # the competition's limit
+        print(f'A PCA of {most + 1} training images has at most {most} dimensions instead of 64.')
 
 
 def sample_objects(splits, n):
@@ -128,3 +198,31 @@ def sample_classes(train, classes=200, each=5):
     """Some images of some trained classes, of all domains alike: what is to be found again among the others."""
     some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(classes)
     return train[train['label'].isin(some)].groupby('label').head(each)
+
+
+# Whose run it is
+
+def trained_on(run_dir):
+    """What the run in a folder was trained on, as `describe` said it (an early version: its hash); '' if there is none."""
+    run_dir = Path(run_dir)
+    for file in sorted(run_dir.glob('**/state/step-*/position.json'), reverse=True):
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads(file.read_text())['progress']['data']
+    for file in (run_dir / 'model.safetensors', *sorted(run_dir.glob('*/stage.safetensors'))):
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads(read_weights(file)[1]['data'])
+    return ''
+
+
+def other_images(there, here):
+    """Whether two of describe's lines are of different images; '' may be of any."""
+    return there.split()[-1:] not in ([], here.split()[-1:])
+
+
+def refuse_other_data(run_dir, data):
+    """ValueError if the run in a folder is of other images than `data`, of describe."""
+    if other_images(there := trained_on(run_dir), data):
+        there, here = (f'hash {code}' + f', {words}' * bool(words) for words, _, code in
+                       (line.rpartition(', hash ') for line in (there, data)))
+        raise InputError(f'{run_dir} holds a run on other images ({there}; now {here}): give this run another name as RUN, '
+                         f'or another OUT_DIR.')

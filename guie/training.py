@@ -26,7 +26,7 @@ from guie.memory import fitted
 from guie.model import freeze, new_model, param_groups, resize
 from guie.resume import BEST, Progress, Run, RunLog, copy_attached_state, restore_state, run_lock, save_checkpoint
 from guie.sharding import full_state, load_sharded, save_sharded, shard
-from guie.splits import Splits, selection_hash
+from guie.splits import Splits, describe
 from guie.towers import checkpoint_activations
 
 
@@ -46,20 +46,20 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     accelerator = Accelerator(mixed_precision='no', cpu=best_device().type == 'cpu', step_scheduler_with_optimizer=False,
                               kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     config = fitted(config, model, accelerator.num_processes)
-    together = config.batch_size * accelerator.num_processes
-    accumulate = max(1, config.effective_batch // together)
-    images = together * accumulate  # of one step
+    batch, accumulate = step_of(config, len(train), accelerator.num_processes)
+    images = batch * accelerator.num_processes * accumulate  # of one step
     steps = config.epochs * (len(train) // images)
-    if config.epochs and not steps:
-        raise InputError(f'{len(train)} images do not fill one step of {images}; lower effective_batch or take more images.')
+    if len(train) < config.effective_batch:
+        accelerator.print(f'{len(train)} images do not fill a step of {config.effective_batch} (effective_batch): it takes '
+                          f'{images} of them.')
     dataset = ImageDataset(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
                            replace=True, max_unreadable=config.max_unreadable)
-    progress = Progress(epoch=epoch, data=selection_hash(train))
+    progress = Progress(epoch=epoch, data=describe(train))
     run = prepare(accelerator, config, model, user_path(run_dir), progress, steps)
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width).to(accelerator.device)
     with run_lock(run.folder) if run.main else nullcontext(), stop_signal() as pressed, readable_errors(run, dataset):
         if run.main:
-            copy_attached_state(run.folder, config, search)
+            copy_attached_state(run.folder, config, progress.data, search)
         accelerator.wait_for_everyone()
         restored = restore_state(run)
         if run.main:
@@ -67,7 +67,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
             config.save(run.folder / 'config.json')
         with progress_bar(total=steps, initial=progress.step, desc=run.folder.name, disable=not run.main) as bar:
             while progress.step < steps:
-                batches = loader(dataset, config.batch_size, train=True, epoch=progress.epoch, start=progress.used,
+                batches = loader(dataset, batch, train=True, epoch=progress.epoch, start=progress.used,
                                  rank=accelerator.process_index, processes=accelerator.num_processes, workers=config.workers)
                 for batches_of_step in zip(*[iter(batches)] * accumulate):  # so many batches at a time
                     loss, moved = optimiser_step(run, batches_of_step, margins + config.margin_growth * progress.epoch)
@@ -88,6 +88,14 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
         finish(run, validate, write_unreadable(run, gather_object(dataset.unreadable)))
         if run.saved[0] < progress.step:
             save_checkpoint(run)
+
+
+def step_of(config, images, processes):
+    """(images of a batch on each device, batches of a step): as config says, or as many as there are images."""
+    if images < processes:
+        raise InputError(f'{images} images cannot be shared by {processes} processes: take more images or fewer GPUs.')
+    batch = min(config.batch_size, images // processes)
+    return batch, max(1, min(config.effective_batch, images) // (batch * processes))
 
 
 def prepare(accelerator, config, model, run_dir, progress, steps):
@@ -195,7 +203,7 @@ def save_weights(run, file='model.safetensors', **facts):
     """Writes the run's weights, by one process."""
     state = full_state(run.model)
     if run.main:
-        save_run(run.folder, run.model, run.config, state=state, file=file, **facts)
+        save_run(run.folder, run.model, run.config, state=state, file=file, data=run.progress.data, **facts)
     run.accelerator.wait_for_everyone()
 
 

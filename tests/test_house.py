@@ -8,9 +8,9 @@ import pytest
 import utilities
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ['errors', 'files', 'distributed', 'images', 'listing', 'config', 'datasets', 'splits', 'losses', 'projection',
-         'retrieval', 'weights', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory', 'sharding', 'resume',
-         'training', 'recipes', 'soups', 'submission', 'plots']  # a room imports only from rooms before it
+ORDER = ['errors', 'files', 'distributed', 'weights', 'images', 'listing', 'config', 'datasets', 'sources', 'splits',
+         'losses', 'projection', 'retrieval', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory', 'sharding',
+         'resume', 'training', 'recipes', 'soups', 'submission', 'plots']  # a room imports only from rooms before it
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 

@@ -79,7 +79,7 @@ def test_a_rare_suffix_is_counted_with_the_others_and_nothing_is_said_of_nothing
     assert 'others 4\n' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('names', [['b/1.svg', 'b/2'], ['._1.jpg', 'a/1.eps'], ['a/1.xyz']])
+@pytest.mark.parametrize('names', [['b/1.svg', 'b/2.txt'], ['._1.jpg', 'a/1.eps'], ['a/1.xyz']])
 def test_nothing_but_what_is_passed_over_is_an_error_that_counts_it(tmp_path, listing, names):
     write_files(tmp_path / 'mine', names)
     with pytest.raises((ValueError, FileNotFoundError), match='passed over|names an image that can be read here') as error:

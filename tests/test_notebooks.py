@@ -1,6 +1,7 @@
 """The notebooks: run, readable, small, the two training notebooks alike, outputs as new as the source."""
 import json
 import re
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,10 +12,13 @@ import pandas as pd
 import papermill
 import pytest
 import torch
+from PIL import Image
 
 import demo
 import utilities
+from guie.checkpoints import save_state
 from guie.files import state_hash
+from tests.runs import is_one_sentence
 from tests.test_submission import images_of, needs_torch111, replay_on_host
 
 NAMES = ['train_vit_h_224', 'train_vit_l_336', 'soup', 'zero_shot_pca']
@@ -113,10 +117,10 @@ def test_every_notebook_runs_without_a_word_on_stderr(runs, name):
 
 def test_runs_leave_their_artifacts(runs):
     _, folder = runs
-    for name in ('vit_h_224_none', 'vit_h_224_cutout', 'vit_l_336_none'):
+    for name in ('vit_h_224_none_small', 'vit_h_224_cutout_small', 'vit_l_336_none_small'):
         assert {path.name for path in (folder / name).iterdir()} >= {
             'model.safetensors', 'config.json', 'log.csv', 'scores.csv', 'state', 'vectors'}
-    assert utilities.load_run(folder / 'vit_l_336_none').spec.image_size == 96
+    assert utilities.load_run(folder / 'vit_l_336_none_small').spec.image_size == 96
     table = utilities.list_runs(folder)
     assert set(table['method']) == {'training', 'uniform', 'greedy', 'wise-ft'} and len(table) == 9
 
@@ -134,7 +138,7 @@ def test_two_ingredients_with_different_data_order_share_the_initial_head_bit_fo
     heads = []
     for seed, augmentation in ((1, 'none'), (2, 'cutout')):
         run('train_vit_h_224', tmp_path, **chosen | {'SEED': seed, 'AUGMENTATION': augmentation})
-        state = utilities.open_checkpoint(tmp_path / f'vit_h_224_{augmentation}')
+        state = utilities.open_checkpoint(tmp_path / f'vit_h_224_{augmentation}_small')
         heads.append({name: tensor for name, tensor in state.items() if name.startswith('head.')})
     assert heads[0].keys() == heads[1].keys() and len(heads[0]) >= 2
     assert all(np.array_equal(heads[0][name], heads[1][name]) for name in heads[0])
@@ -143,7 +147,7 @@ def test_two_ingredients_with_different_data_order_share_the_initial_head_bit_fo
 def test_the_soup_is_the_mean_of_its_ingredients_and_none_of_them(runs):
     _, folder = runs
     none, cutout, soup = (utilities.open_checkpoint(folder / name / 'model.safetensors')
-                          for name in ('vit_h_224_none', 'vit_h_224_cutout', 'soup_vit_h_224'))
+                          for name in ('vit_h_224_none_small', 'vit_h_224_cutout_small', 'soup_vit_h_224'))
     for name in soup:
         mean = (none[name].double() + cutout[name].double()) / 2
         assert np.allclose(soup[name], mean, atol=1e-7), name
@@ -177,9 +181,9 @@ def as_authors_file(run_dir, path):
 
 def test_the_original_authors_bare_files_become_a_submission_without_training(runs, tmp_path):
     made, folder = runs
-    for number, name in enumerate(('vit_h_224_none', 'vit_h_224_cutout')):
+    for number, name in enumerate(('vit_h_224_none_small', 'vit_h_224_cutout_small')):
         as_authors_file(folder / name, tmp_path / 'attached' / f'{number}_0.688')
-    as_authors_file(folder / 'vit_l_336_none', tmp_path / 'attached_l' / '0_0.670')
+    as_authors_file(folder / 'vit_l_336_none_small', tmp_path / 'attached_l' / '0_0.670')
     tower = {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature'}
     executed = run('soup', tmp_path, **dict(made['soup'].metadata.papermill.parameters) | {
         'OUT_DIR': str(tmp_path / 'out'),
@@ -220,3 +224,72 @@ def test_the_zero_shot_notebook_runs_on_data_of_ones_own(runs, tmp_path):
 def test_soup_without_ingredients_says_what_to_run_first(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match='run train_vit_h_224.ipynb'):
         run('soup', tmp_path, DEMO=True, OUT_DIR=str(tmp_path))
+
+
+# Data of one's own, from 2 classes of 2 images upwards
+
+@pytest.fixture(scope='module')
+def pets(tmp_path_factory):
+    """A folder of two classes with two images each, and a training notebook executed on it: (folder, notebook, its runs)."""
+    folder = tmp_path_factory.mktemp('mine')
+    for name, image in zip(('cat/1', 'cat/2', 'dog/1', 'dog/2'), images_of([(48, 64)] * 4)):
+        (folder / 'pets' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(folder / f'pets/{name}.jpg')
+    made = run('train_vit_h_224', folder, DEMO=True, TRAIN=str(folder / 'pets'), OUT_DIR=str(folder / 'runs'))
+    return folder / 'pets', made, folder / 'runs'
+
+
+def test_a_training_notebook_runs_on_two_classes_of_two_images_and_says_what_gave_way(pets):
+    folder, made, runs = pets
+    assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
+    assert set(pd.read_csv(runs / 'vit_h_224_none_pets/scores.csv')['dim']) == {128, 512, 3}
+    assert utilities.list_runs(runs)['mp5'].notna().all()
+    for words in (f'DEMO: a miniature CLIP of 3 million parameters on {folder}', '2 classes are too few to hold some out',
+                  '4 images do not fill a step of 32', 'at most 3 dimensions instead of 64'):
+        assert text(made).count(words) == 1, words
+
+
+def begin(name, **parameters):
+    """The code cells of a notebook up to the one that loads the data, in this process."""
+    known = {}
+    for cell in cells(name, 'code'):
+        exec(cell.source, known)
+        if 'parameters' in tags(cell):
+            known |= parameters
+        if 'load_data' in cell.source:
+            return known
+
+
+@pytest.mark.parametrize('changes, sentence', [
+    ({'SEED': 6}, 'vit_h_224_none_pets holds a run with another configuration (seed: 5, now 6)'),
+    ({'TRAIN': 'more', 'RUN': 'vit_h_224_none_pets'}, 'vit_h_224_none_pets holds a run on other images (hash'),
+    ({'TRAIN': '.'}, 'holds one class folder, pets, and in that are no images but folders of them: give'),
+    ({'TRAIN': 'pets/cat'}, 'holds 2 images and no class folders: give')])
+def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pets, tmp_path, changes, sentence):
+    folder, _, runs = pets
+    shutil.copytree(folder, tmp_path / 'pets')
+    shutil.copytree(folder, tmp_path / 'more')
+    shutil.copy(folder / 'cat/1.jpg', tmp_path / 'more/cat/3.jpg')
+    if changes.get('TRAIN') != 'more':
+        shutil.rmtree(tmp_path / 'more')
+    train = str(Path(tmp_path, changes.get('TRAIN', 'pets')))
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as error:
+        begin('train_vit_h_224', **{'DEMO': True, 'OUT_DIR': str(runs)} | changes | {'TRAIN': train})
+    assert is_one_sentence(error)
+
+
+def test_soup_runs_on_an_ingredient_of_four_images_beside_one_of_other_data(pets, tmp_path):
+    folder, _, runs = pets
+    shutil.copytree(runs, tmp_path / 'runs')
+    mine = utilities.open_checkpoint(runs / 'vit_h_224_none_pets')
+    save_state(mine, tmp_path / 'runs/vit_h_224_none/model.safetensors', mine.metadata | {'data': '"others, hash 123"'})
+    made = run('soup', tmp_path, DEMO=True, TRAIN=str(folder), OUT_DIR=str(tmp_path / 'runs'))
+    assert 'vit_h_224_none was trained on other images' in text(made)
+    assert set(pd.read_csv(tmp_path / 'runs/soup_scores.csv')['dim']) == {3}
+    assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
+
+
+def test_the_zero_shot_notebook_runs_on_four_images(pets, tmp_path):
+    made = run('zero_shot_pca', tmp_path, DEMO=True, TRAIN=str(pets[0]), PHOTOS=str(pets[0]), OUT_DIR=str(tmp_path))
+    assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
+    assert pd.read_csv(tmp_path / 'zero_shot/scores.csv')['dim'].tolist() == [64]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from guie.projection import concatenate, fit_pca, l2_normalise, project, random_projection
+from guie.projection import concatenate, dims_of, fit_pca, l2_normalise, project, random_projection
 
 
 def embeddings(n=900, d=96, seed=0):
@@ -104,6 +104,20 @@ def test_vectors_are_projected_by_a_pca_of_the_training_images_or_by_a_map_given
     query, index = project(vectors, 2, random_projection(16, 5))  # its first two columns
     np.testing.assert_allclose(index, l2_normalise(random_projection(16, 5)(vectors['index'])[:, :2]), atol=1e-6)
     assert query.shape == (80, 2)
+
+
+@pytest.mark.parametrize('n, d, dim', [(4, 96, 3), (2, 96, 1), (48, 96, 47), (64, 96, 63), (65, 96, 64), (900, 16, 16)])
+def test_a_pca_of_few_images_is_to_as_many_dimensions_as_they_have(n, d, dim):
+    vectors = {name: embeddings(rows, d) for name, rows in (('pca', n), ('query', 3), ('index', 5))}
+    assert dims_of(vectors['pca']) == dim == fit_pca(vectors['pca'], dims_of(vectors['pca'])).varied
+    query, index = project(vectors)
+    assert query.shape == (3, dim) and index.shape == (5, dim) and np.isfinite(query).all()
+
+
+def test_how_many_directions_vary_is_how_many_can_be_whitened():
+    alike = np.concatenate([embeddings(8), embeddings(8)])  # each image twice
+    varied = fit_pca(alike, 15).varied
+    assert varied == 7 and fit_pca(alike, varied, whiten=1).components.shape == (7, 96)
 
 
 def test_folding_draws_no_random_numbers():

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -40,6 +41,7 @@ from guie.config import FORMER_NAMES
 from guie.errors import Stopped
 from guie.files import state_hash
 from guie.resume import BEST, free_space, is_whole, read_position, run_lock, saved_states
+from guie.splits import describe, refuse_other_data, selection_hash, trained_on
 from guie.training import fit
 
 
@@ -220,6 +222,33 @@ def test_other_images_do_not_resume_in_the_same_folder(train, tmp_path):
     with pytest.raises(ValueError, match='a run on other images .hash .*: give this run another name') as error:
         fit(CONFIG, small_model(), train.drop(train.index[0]), tmp_path / 'run')
     assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize('left', ['states', 'weights', 'a stage', 'an early state'])
+def test_a_run_of_other_images_is_refused_before_anything_of_it_is_read(train, tmp_path, monkeypatch, left):
+    folder = tmp_path / 'run' / ('run-stage-1' if left == 'a stage' else '')
+    fit(SAVING, small_model(), train, folder)
+    if left in ('weights', 'a stage'):
+        shutil.rmtree(folder / 'state')
+    if left == 'a stage':
+        (folder / 'model.safetensors').rename(folder / 'stage.safetensors')
+    if left == 'an early state':  # which kept the hash alone
+        for file in folder.glob('state/*/position.json'):
+            file.write_text(file.read_text().replace(trained_on(folder), selection_hash(train)))
+    monkeypatch.setattr(Accelerator, 'load_state', lambda *_: pytest.fail('it was loaded'))
+    pets = train.assign(label=train['label'].where(train['label'] == train['label'][0], 'dog'), domain='pets')
+    words = '' if left == 'an early state' else ', 72 images of 12 classes (12 world0)'
+    refused = [lambda: refuse_other_data(tmp_path / 'run', describe(pets))]
+    if left != 'a stage':
+        refused.append(lambda: fit(SAVING, small_model(2), pets, tmp_path / 'run'))
+    for begin in refused:
+        with pytest.raises(ValueError) as error:
+            begin()
+        assert f'holds a run on other images (hash {selection_hash(train)}{words}; now hash' in re.sub(
+            r'world\d', 'world0', str(error.value)) and '72 images of 2 classes (2 pets)' in str(error.value)
+        assert 'delete' not in str(error.value) and is_one_sentence(error)
+    refuse_other_data(tmp_path / 'run', describe(train))
+    refuse_other_data(tmp_path / 'new', describe(pets))
 
 
 def test_a_run_that_was_stopped_is_no_ingredient_yet_and_what_it_found_best_comes_along(train, tmp_path):
@@ -491,6 +520,14 @@ def test_an_attached_state_of_another_configuration_is_left_alone_and_said_so(tr
         printed = capsys.readouterr().out
         assert 'input/run is left alone: ' in printed and words in printed and 'another configuration' not in printed
         (tmp_path / 'input/run/config.json').touch()
+
+
+def test_an_attached_state_of_other_images_is_left_alone_and_said_so(train, tmp_path, capsys):
+    fit(SAVING, small_model(), train, tmp_path / 'input/run')
+    fit(SAVING, small_model(), train.drop(train.index[0]), tmp_path / 'run', search=[tmp_path / 'input'])
+    printed = capsys.readouterr().out
+    assert 'is of other images (72 images of 12 classes' in printed and 'and is left alone' in printed
+    assert 'resumes' not in printed and (tmp_path / 'run/model.safetensors').exists()
 
 
 def test_of_attached_states_the_newest_whole_one_is_taken(train, tmp_path, capsys):

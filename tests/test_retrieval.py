@@ -342,6 +342,15 @@ def test_scores_at_full_width_and_through_a_projection_have_a_row_each(scored, c
         vectors['selection_index'], splits['selection_index']['label'])
 
 
+def test_scores_of_few_images_are_at_as_many_dimensions_as_their_pca_has(scored):
+    vectors, splits = scored
+    few = vectors | {'pca': vectors['pca'][:4]}
+    assert score_table('', '', few, splits)['dim'].tolist() == [80, 3]
+    assert score_table('', '', few, splits, dims=(2, 4, 8, 64))['dim'].tolist() == [2, 3]
+    assert score_table('', '', vectors, splits, dims=(64,), projection=fit_pca(few['pca'], 3))['dim'].tolist() == [3]
+    assert scores_by_domain(few, splits)['mp5'].between(0, 1).all()
+
+
 def test_scores_by_domain_average_what_was_judged(scored):
     vectors, splits = scored
     query, index = (l2_normalise(fit_pca(vectors['pca'], 8)(vectors[name])) for name in ('query', 'index'))

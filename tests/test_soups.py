@@ -3,19 +3,29 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import CONFIG, contents, new_model
+from runs import CONFIG, contents, is_one_sentence, new_model
 from safetensors.torch import load_file, save_file
 from test_checkpoints import SPEC, as_authors, random_state
-from worlds import ROOT
+from worlds import ROOT, write_files
 
 from guie import embedding, soups
-from guie.checkpoints import base_state, find_ingredients, list_runs, load_run, open_checkpoint, save_run, save_state
+from guie.checkpoints import (
+    Checkpoint,
+    base_state,
+    find_ingredients,
+    list_runs,
+    load_run,
+    open_checkpoint,
+    save_run,
+    save_state,
+)
 from guie.config import Config
 from guie.embedding import embed, embed_all
 from guie.files import file_hash, state_hash
@@ -23,6 +33,7 @@ from guie.retrieval import mean_precision_at_5
 from guie.soups import (
     StateEmbedder,
     average_states,
+    data_of,
     greedy_soup,
     interpolate_states,
     interpolation_scores,
@@ -32,6 +43,7 @@ from guie.soups import (
     sweep_alpha,
     task_vector_cosines,
 )
+from guie.splits import describe, load_data
 from guie.submission import evaluate_submission, export_submission
 
 
@@ -448,3 +460,46 @@ def test_runs_with_overlapping_patches_are_compared_with_their_pretrained_tower(
     base = base_state(runs[0])
     assert abs(task_vector_cosines(runs, base).to_numpy()[0, 1]) < .1
     assert base['tower.positional_embedding'].shape[0] == 3 * 3 + 1
+
+
+# Ingredients and their data
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """{name: folder} of two sets, and runs(…) that makes ingredients of what load_data draws from them."""
+    sets = {name: tmp_path / name for name in ('pets', 'cars')}
+    for number, folder in enumerate(sets.values()):
+        write_files(folder, [f'{label}/{image}.jpg' for label in 'ab' for image in range(8 + number)])
+
+    def runs(*names, **changes):
+        config = Config(**changes)
+        told = {name: json.dumps(describe(load_data(sets[name], config=config)['train'])) for name in sets}
+        return [Checkpoint({'w': torch.ones(2)}, {'config': json.dumps(asdict(config))} | (
+            {'data': told[name]} if name in told else {}), tmp_path / f'{number}-{name}/model.safetensors')
+            for number, name in enumerate(names)]
+
+    return sets, runs
+
+
+@pytest.mark.parametrize('names, kept', [
+    (['pets'], ['pets']), (['cars', 'pets', 'pets'], ['pets', 'pets']), (['pets', 'cars'], ['pets']),
+    (['bare', 'pets', 'cars'], ['bare', 'pets'])])  # the authors' files do not say
+def test_ingredients_of_other_images_are_named_and_left_out(two_sets, capsys, names, kept):
+    sets, runs = two_sets
+    ingredients, splits = data_of({'h': runs(*names), 'l': runs('cars', 'pets')[:1]}, {'train': sets['pets']})
+    assert [run.name.partition('-')[2] for run in ingredients['h']] == kept and list(ingredients) == ['h']
+    assert set(splits['train']['domain']) == {'pets'} and len(splits['train']) == 12
+    assert '0-cars was trained on other images (14 images of 2 classes (2 cars), hash ' in capsys.readouterr().out
+
+
+def test_the_data_are_drawn_with_the_settings_of_the_run_that_they_belong_to(two_sets):
+    sets, runs = two_sets
+    ingredients, splits = data_of({'h': runs('cars') + runs('pets', max_images=5)}, {'train': sets['pets']})
+    assert len(ingredients['h']) == 1 and len(splits['train']) == 10
+
+
+def test_ingredients_that_are_all_of_other_images_are_one_sentence(two_sets):
+    sets, runs = two_sets
+    with pytest.raises(ValueError, match='0-cars were not trained on the images of .*pets .12 images.* give') as error:
+        data_of({'h': runs('cars')}, {'train': sets['pets']})
+    assert is_one_sentence(error)

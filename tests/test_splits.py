@@ -10,6 +10,7 @@ from guie.config import Config
 from guie.datasets import read_dataset
 from guie.retrieval import score_table
 from guie.splits import Splits, load_data, sample_classes, sample_objects, select_classes, selection_hash, split_by_class
+from tests.runs import is_one_sentence
 from tests.worlds import table, write_files
 
 # Selection
@@ -175,14 +176,82 @@ def test_a_query_without_an_index_is_one_sentence(tmp_path):
 
 
 def test_a_label_seen_once_is_not_trained_on_and_as_a_query_left_out_and_counted(tmp_path, capsys):
-    train = write_set(tmp_path / 'a', 'train', {'x': 5, 'once': 1})
+    train = write_set(tmp_path / 'a', 'train', {'x': 5, 'y': 5, 'once': 1})
     query = write_set(tmp_path / 'b', 'query', {'seen': 2, 'once': 1})
     index = write_set(tmp_path / 'c', 'index', {'seen': 3})
     splits = load_data(train, query, index, (query, index), config=small())
-    assert set(splits['train']['label']) == {'x'}
+    assert set(splits['train']['label']) == {'x', 'y'}
     vectors = {name: np.ones((len(splits[name]), 4), np.float32) for name in ('query', 'index')}
     assert score_table('s', 'm', vectors, splits, dims=(None,))['mp5'].tolist() == [1]
     assert '1 of 3 queries have no image of their object in the index: left out' in capsys.readouterr().out
+
+
+# One's own data of any size
+
+
+def own(folder, counts):
+    write_files(folder, [f'{label}/{label}{number}.jpg' for label, count in counts.items() for number in range(count)])
+    return str(folder)
+
+
+@pytest.mark.parametrize('counts', [
+    {'a': 2, 'b': 2}, {'a': 2, 'b': 1}, {'a': 3, 'b': 3}, {'a': 4, 'b': 5, 'c': 1}, {'a': 100, 'b': 2},
+    {f'{n:02}': 2 for n in range(9)}, {f'{n:02}': 10 for n in range(16)}, {f'{n:02}': 2 for n in range(30)},
+    {f'{n:02}': 1 + (n == 7) for n in range(20)}, {f'{n:03}': 3 for n in range(150)}])
+def test_splits_of_data_of_any_size_can_be_trained_on_and_scored(tmp_path, counts):
+    splits = load_data(own(tmp_path / 'pets', counts), config=Config())
+    assert [*splits] == ['query', 'index', 'selection_query', 'selection_index', 'train', 'pca']
+    assert splits['train']['label'].nunique() >= 2 and splits['train']['label'].value_counts().max() <= 50
+    for prefix in ('', 'selection_'):
+        query, index = splits[f'{prefix}query'], splits[f'{prefix}index']
+        assert query['label'].isin(index['label']).any() and not set(query['path']) & set(index['path'])
+    again = load_data(str(tmp_path / 'pets'), config=Config())
+    assert all(again[name].equals(frame) for name, frame in splits.items())
+
+
+def test_of_few_classes_images_are_held_out_and_of_few_images_none_and_both_are_said(tmp_path, capsys):
+    splits = load_data(own(tmp_path / 'six', {'a': 12, 'b': 12}), config=Config())
+    said = capsys.readouterr().out
+    held = [set(splits[name]['path']) for name in ('query', 'selection_query', 'train')]
+    assert [len(part) for part in held] == [4, 4, 16] and len(set.union(*held)) == 24
+    assert splits['index'].equals(splits['train']) and splits['selection_index'].equals(splits['train'])
+    assert '2 classes are too few to hold some out' in said and 'is not one of never-seen objects' in said
+    assert 'A PCA of 16 training images has at most 15 dimensions instead of 64.' in said and 'spared' not in said
+    splits = load_data(own(tmp_path / 'two', {'a': 2, 'b': 2}), config=Config())
+    said = capsys.readouterr().out
+    assert [len(splits[name]) for name in ('query', 'index', 'train')] == [2, 2, 4]
+    assert 'No images can be spared for query: it is 2 that are used otherwise too.' in said
+    assert 'Fewer than 2 classes have 4 images (min_images): 2 are enough.' in said
+    splits = load_data(own(tmp_path / 'mixed', {'a': 8, 'b': 8, 'c': 3}), config=Config())
+    assert '1 classes have fewer than 4 images (min_images) and are left out' in capsys.readouterr().out
+    assert set(splits['train']['label']) == {'a', 'b'}
+
+
+def test_with_enough_classes_it_is_still_classes_that_are_held_out(tmp_path, capsys):
+    splits = load_data(own(tmp_path / 'pets', {f'{n:02}': 4 for n in range(20)}), config=Config())
+    assert not set(splits['query']['label']) & set(splits['train']['label'])
+    assert splits['query']['label'].nunique() == splits['selection_query']['label'].nunique() == 2
+    assert 'too few' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('counts, found', [({'cat': 9}, '9 images of 1 classes (cat)'),
+                                           ({'cat': 1, 'dog': 1}, '2 images of 2 classes (cat, dog)'),
+                                           ({f'{n}': 1 for n in range(6)}, '6 images of 6 classes (0, 1, 2, 3 and 2 more)')])
+@pytest.mark.parametrize('kind', ['folder', 'table'])
+def test_data_that_nothing_can_be_learned_from_are_one_sentence_with_what_was_found(tmp_path, counts, found, kind):
+    source = own(tmp_path / 'pets', counts) if kind == 'folder' else write_set(tmp_path, 'pets', counts)
+    with pytest.raises(ValueError) as error:
+        load_data(source, config=Config())
+    assert f'{source} holds {found}' in str(error.value) and is_one_sentence(error)
+    assert str(error.value).endswith('give a folder of at least 2 class folders with 2 images each.')
+
+
+def test_a_query_whose_classes_the_index_lacks_is_named_before_anything_is_embedded(tmp_path):
+    train, query, index = (write_set(tmp_path / name, name, {f'{name}{n}': 3 for n in (1, 2)})
+                           for name in ('train', 'query', 'index'))
+    with pytest.raises(ValueError, match='No image of query has its class in index') as error:
+        load_data(train, query, index, config=Config())
+    assert is_one_sentence(error)
 
 
 # A run's splits as an object

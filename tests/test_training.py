@@ -32,7 +32,7 @@ from runs import (
 
 from guie import training
 from guie.checkpoints import load_run, open_checkpoint
-from guie.config import Config
+from guie.config import Config, different_fields
 from guie.datasets import read_dataset
 from guie.embedding import embed
 from guie.errors import Stopped
@@ -112,9 +112,23 @@ def test_a_head_of_another_size_is_refused_before_anything_is_written(train, tmp
     assert not (tmp_path / 'run').exists()
 
 
-def test_fewer_images_than_a_step_takes_are_one_sentence(train, tmp_path):
-    with pytest.raises(ValueError, match='72 images do not fill one step of 80; lower effective_batch') as error:
-        fit(CONFIG.override(effective_batch=80), small_model(), train, tmp_path / 'run')
+@pytest.mark.parametrize('images, batch, effective, step', [
+    (72, 8, 80, 72), (72, None, 1024, 72), (5, 8, 16, 5), (20, 8, 32, 16), (2, 32, 32, 2), (40, 8, 32, 32)])
+def test_a_step_takes_as_many_images_as_there_are_and_says_so(train, tmp_path, capsys, images, batch, effective, step):
+    few = train.groupby('label').head(1).head(images) if images < 12 else train.head(images)
+    config = CONFIG.replace({'batch_size': batch, 'effective_batch': effective})
+    fit(config, small_model(few['label'].nunique()), few, tmp_path / 'run')
+    said = f'{images} images do not fill a step of {effective} (effective_batch): it takes {step} of them.'
+    assert (said in capsys.readouterr().out) == (images < effective)
+    assert len(pd.read_csv(tmp_path / 'run/log.csv')) == 3  # one an epoch
+    assert not different_fields(Config.load(tmp_path / 'run/config.json'), config)  # as it was chosen
+    fit(config, small_model(few['label'].nunique()), few, tmp_path / 'run')
+    assert 'run: resumes from step-00000003' in capsys.readouterr().out
+
+
+def test_fewer_images_than_processes_are_one_sentence():
+    with pytest.raises(ValueError, match='2 images cannot be shared by 4 processes') as error:
+        training.step_of(CONFIG, 2, 4)
     assert is_one_sentence(error)
 
 
