@@ -230,7 +230,7 @@ def tower_blocks(tower):
     layers = group_parameters(SimpleNamespace(named_parameters=lambda: [(name, name) for name in ['', *names]]), matcher,
                               reverse=True)
     depth = layers.pop('') - 1  # of a name that no pattern matches
-    inside = [place for place, name in enumerate(names) if 0 < layers[name] <= depth]
+    inside = [place for place, name in enumerate(names) if 0 < layers[name] <= depth and not STEM.match(name)]
     if not inside or any(layers[name] > depth for name in names[inside[0]:inside[-1]]):
         raise InputError(f'{kinds[0]} does not say in which order its layers come, so they cannot learn at different rates: '
                          f"give Config.layer_lrs one pair and Config.trains no 'last N', or take another tower.")
