@@ -240,15 +240,16 @@ def tower_blocks(tower):
 
 
 def block_modules(tower):
-    """[the outermost modules that lie in one block each]; none in a tower whose order cannot be told."""
+    """[the outermost modules that lie in one block each]; of a tower whose order cannot be told, none."""
     try:
         blocks, depth = tower_blocks(tower)
     except InputError:
         return []
     found = {}
     for name, module in tower.named_modules():
-        inside = {block for key, block in blocks.items() if key.startswith(f'{name}.')}
-        if len(inside) == 1 and inside < set(range(depth)) and not isinstance(module, nn.ModuleList) and not any(
+        inside = [block for key, block in blocks.items() if key.startswith(f'{name}.')]
+        own = len(inside) == len(list(module.parameters()))  # none is another module's too
+        if own and len(set(inside)) == 1 and 0 <= inside[0] < depth and not isinstance(module, nn.ModuleList) and not any(
                 name.startswith(f'{outer}.') for outer in found):
             found[name] = module
     return list(found.values())
