@@ -1,5 +1,4 @@
 """One or several GPUs: device, rank and precision of a process; launching several; a stop that waits for the step's end.
-
 Launched processes share a folder with the notebook: files in it say that stop was pressed, and what went wrong."""
 import codecs
 import json
@@ -103,7 +102,8 @@ def stop_requested(folder):
 
 
 def launch(module, folder, processes, *, stops=True):
-    """Runs `python -m module folder` in several processes by accelerate launch; prints what they print as it comes.
+    """Runs `python -m module folder` in several processes by accelerate launch; prints what they print as it comes, out of
+    files: a pipe would break when the notebook is killed, before they have saved.
     The stop button asks them to stop after the step under way, pressed twice it ends them; stops=False: the module never
     looks for stop_requested, and the first press ends it. An error in one of them is raised here as itself; RuntimeError if
     they could not start or were killed."""
@@ -113,11 +113,9 @@ def launch(module, folder, processes, *, stops=True):
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(processes),
                '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
                '-m', module, str(folder)]
-    home = Path(__file__).resolve().parent.parent
-    environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes)), **os.environ,
-                   'PYTHONPATH': f'{home}{os.pathsep}{os.environ.get("PYTHONPATH", "")}', 'PYTHONUNBUFFERED': '1',
-                   'GUIE_NOTEBOOK': str(os.getpid())}
-    # They write to files: a pipe would break when the notebook is killed, before they have saved.
+    home = f'{Path(__file__).resolve().parents[1]}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+    environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes)), **os.environ, 'PYTHONPATH': home,
+                   'PYTHONUNBUFFERED': '1', 'GUIE_NOTEBOOK': str(os.getpid())}
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints, \
             stop_signal((folder / 'stop').touch) if stops else nullcontext():
         # A session of its own: a notebook's stop button signals the whole group, and it is passed on as a file.
@@ -171,21 +169,21 @@ def raise_launched_error(folder, returncode, complaints, processes):
         raise ProcessError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
                            f'batch_size and run this cell again; a run resumes from its last state.')
     reason = first_reason(complaints) or message
-    if codes[-1] < 0:
-        raise ProcessError(f'One of {processes} processes was killed by {signal.Signals(-codes[-1]).name} ({reason}): run '
-                           f'this cell again; a run resumes from its last state.')
-    raise ProcessError(f'{processes} processes could not be started or ended early: {reason}')
+    if codes[-1] >= 0:
+        raise ProcessError(f'{processes} processes could not be started or ended early: {reason}')
+    raise ProcessError(f'One of {processes} processes was killed by {signal.Signals(-codes[-1]).name} ({reason}): run this '
+                       f'cell again; a run resumes from its last state.')
 
 
 def first_reason(complaints):
     """The first line of what processes printed that says why they ended, or else their first line.
     It follows the indented lines of a traceback, or looks like an error; that another process is gone is no reason."""
-    lines = [re.sub(r'^\[rank\d+\]: ?', '', line).rstrip() for line in complaints.splitlines() if 'Warning' not in line]
-    lines = [line for line in lines if line]
+    lines = (re.sub(r'^\[rank\d+\]: ?', '', line).rstrip() for line in complaints.splitlines() if 'Warning' not in line)
+    lines = [*filter(None, lines)]
     told = [line for before, line in zip(['', *lines], lines)
             if WORDS.match(line) or before.startswith(('    ', '  File "')) and not line.startswith((' ', 'Traceback'))]
-    return next((line[:500] for line in told + lines if not re.search(f'ChildFailed|closing signal|{LOST.pattern}', line)),
-                '')
+    empty = re.compile(f'ChildFailed|closing signal|{LOST.pattern}')
+    return next((line[:500] for line in told + lines if not empty.search(line)), '')
 
 
 def report_error(folder, work):

@@ -5,7 +5,6 @@ import copy
 import math
 import os
 import shutil
-from collections import Counter
 
 import pandas as pd
 import psutil
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from guie.distributed import processes_here
 from guie.files import reason_of, user_path
 from guie.model import freeze, resize
-from guie.towers import BLOCK, checkpoint_activations
+from guie.towers import block_modules, checkpoint_activations
 
 RESERVE = 2**30  # bytes of a GPU that no tensor gets: CUDA itself, cuBLAS' workspace, gaps between blocks
 # Of the operations that fill a tower, those that torch.autocast computes on a GPU in half precision, and in float32
@@ -115,11 +114,10 @@ def memory_plan(model, config, *, processes=1, half=None):
     sizes = {'parameters': sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
              'gradients': trained, 'optimiser': 2 * trained}  # AdamW keeps two values beside each weight
     if config.shard and processes > 1:
-        blocks = Counter()
-        for name, weight in model.named_parameters():
-            blocks[found[0] if (found := BLOCK.search(name)) else ''] += weight.nbytes
+        blocks = [sum(weight.nbytes for weight in block.parameters()) for block in block_modules(model.tower)]
+        rest = sum(weight.nbytes for weight in model.parameters()) - sum(blocks)
         sizes = {name: size // processes for name, size in sizes.items()}
-        sizes['parameters'] += blocks.pop('', 0) + 2 * max(blocks.values(), default=0)  # one computes, the next is fetched
+        sizes['parameters'] += rest + 2 * max(blocks, default=0)  # one block computes, the next is fetched
     return sizes | {'activations': activations}
 
 

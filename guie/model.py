@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from dataclasses import replace
+from fnmatch import fnmatch
 
 import pandas as pd
 import torch
@@ -12,7 +13,9 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from guie.errors import InputError
-from guie.towers import load_image_tower, resize_tower, tower_blocks
+from guie.towers import load_image_tower, resize_tower, tower_blocks, unwrapped
+
+UNDECAYED = re.compile(r'(embedding|pos_emb\w*|_token|latent|bias_table|attention_biases|rel_pos_[hw]|(height|width)_rel)$')
 
 
 class SubcenterHead(nn.Module):
@@ -116,42 +119,51 @@ def resize(model, side, overlap=0.0):
 
 def freeze(model, trains):
     """Takes the gradients from what Config.trains leaves out; 'all' leaves everything as it is."""
-    blocks, depth = tower_blocks(model.tower)
-    firsts = {'all': -1, 'tower': -1, 'head': depth + 1} | {f'last {n}': depth - n for n in range(1, depth + 1)}
-    if trains not in firsts:
-        raise InputError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
-    for name, parameter in model.tower.named_parameters():
-        if blocks[name] < firsts[trains]:
-            parameter.requires_grad_(False)
-    if trains == 'tower':
-        model.head.requires_grad_(False)
+    if trains in ('head', 'tower'):
+        (model.tower if trains == 'head' else model.head).requires_grad_(False)
+    elif trains != 'all':
+        (blocks, depth), count = tower_blocks(model.tower), int(trains.removeprefix('last '))
+        if count > depth:
+            raise InputError(f'Config.trains is {trains!r}, but the tower has {depth} blocks.')
+        for name, parameter in model.tower.named_parameters():
+            if blocks[name] < depth - count:
+                parameter.requires_grad_(False)
+
+
+def kept_from_decay(tower):
+    """Names of a tower's parameters that weight decay would only harm: biases, norms and all else of one dimension, tokens,
+    position embeddings and tables of relative positions, and what timm names for its model (no_weight_decay)."""
+    trunk, prefix = unwrapped(tower)
+    patterns = [f'{prefix}{name}' for name in (trunk.no_weight_decay() if hasattr(trunk, 'no_weight_decay') else ())]
+    return {name for name, parameter in tower.named_parameters() if parameter.ndim < 2 or UNDECAYED.search(name)
+            or any(fnmatch(name, pattern) for pattern in patterns)}
 
 
 def param_groups(model, config):
     """AdamW's groups for an Embedder: every trainable parameter in exactly one.
     The tower's blocks take the learning rates of config.layer_lrs (stretched, if these count other blocks than the tower
-    has); what lies before the blocks takes the first rate, what follows them (final norm, projection) the last one. Biases,
-    norms, class token, pooling query and position embedding are not decayed. Returns a list of dicts: name, params, names,
-    lr, weight_decay."""
-    (blocks, depth), ends = tower_blocks(model.tower), [end for end, _ in config.layer_lrs]
-    groups = {}
+    has); what lies before the blocks takes the first rate, what follows them (final norm, projection) the last one. What is
+    in kept_from_decay is not decayed. Returns a list of dicts: name, params, names, lr, weight_decay. InputError: several
+    rates for a tower whose order cannot be told."""
+    ends, groups = [end for end, _ in config.layer_lrs], {}
+    tower = [(name, parameter) for name, parameter in model.tower.named_parameters() if parameter.requires_grad]
+    blocks, depth = tower_blocks(model.tower) if tower and len(ends) > 1 else (dict.fromkeys(dict(tower), 0), ends[0])
+    kept = kept_from_decay(model.tower)
 
-    def add(group, name, parameter, lr, weight_decay):
-        kept = parameter.ndim < 2 or re.search(r'embedding$|pos_embed$|_token$|latent$', name)
-        group, weight_decay = (f'{group}, no decay', 0.0) if kept else (group, weight_decay)
+    def add(group, name, parameter, lr, weight_decay, decays):
+        group, weight_decay = (group, weight_decay) if decays else (f'{group}, no decay', 0.0)
         entry = groups.setdefault(group, {'name': group, 'params': [], 'names': [], 'lr': lr, 'weight_decay': weight_decay})
         entry['params'].append(parameter)
         entry['names'].append(name)
 
-    for name, parameter in model.tower.named_parameters():
+    for name, parameter in tower:
         middle = (max(blocks[name], 0) + .5) * ends[-1] / depth  # of the block, among those that layer_lrs counts
         place = min(bisect.bisect_right(ends, middle), len(ends) - 1)  # what follows the blocks lies beyond the last
-        if parameter.requires_grad:
-            add(f'tower, blocks below {math.ceil(ends[place] * depth / ends[-1] - .5)}', f'tower.{name}', parameter,
-                config.layer_lrs[place][1], config.tower_weight_decay)
+        add(f'tower, blocks below {math.ceil(ends[place] * depth / ends[-1] - .5)}', f'tower.{name}', parameter,
+            config.layer_lrs[place][1], config.tower_weight_decay, name not in kept)
     for name, parameter in ([] if model.head is None else model.head.named_parameters()):
         if parameter.requires_grad:
-            add('head', f'head.{name}', parameter, config.head_lr, config.head_weight_decay)
+            add('head', f'head.{name}', parameter, config.head_lr, config.head_weight_decay, parameter.ndim > 1)
     return list(groups.values())
 
 

@@ -4,7 +4,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 from guie.errors import FileError
-from guie.towers import BLOCK
+from guie.towers import block_modules
 
 
 def shard(model):
@@ -13,9 +13,8 @@ def shard(model):
     if not torch.distributed.is_initialized():
         return
     from torch.distributed.fsdp import fully_shard
-    for name, module in model.tower.named_modules():
-        if BLOCK.fullmatch(f'{name}.'.rpartition('transformer.')[2]):
-            fully_shard(module)
+    for module in block_modules(model.tower):
+        fully_shard(module)
     fully_shard(model)
 
 

@@ -4,12 +4,14 @@ import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import open_clip
 import timm
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from timm.layers import resample_abs_pos_embed
+from timm.models import group_parameters
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,9 +19,15 @@ from guie.errors import FileError, InputError
 from guie.files import did_you_mean, user_path
 from guie.weights import check_fit, load_strictly, read_weights, text_state, tower_state, weights_file
 
-BLOCK = re.compile(r'(?:(?:resblocks|blocks|layers|stages)\.|\blayer)(\d+)\.')
-STEM = re.compile(r'(^|\.)(conv1|class_embedding|positional_embedding|ln_pre|patch_embed|pos_embed|cls_token|reg_token|bn1'
-                  r'|norm_pre|conv_stem|stem)(\.|$)')
+STAGES = {'stem': r'stem|patch_embed|pos_embed|cls_token',
+          'blocks': [(r'(?:stages|transformers)\.(\d+)\.(?:downsample|pool)\.', (0,)),
+                     (r'(?:stages|transformers)\.(\d+)(?:\.blocks)?\.(\d+)', None)]}
+MATCHERS = {  # of the classes without a group_matcher, in its format: open_clip's own and three of timm's
+    'VisionTransformer': {'stem': 'conv1|class_embedding|positional_embedding|ln_pre',
+                          'blocks': r'transformer\.resblocks\.(\d+)'},
+    'ModifiedResNet': {'stem': r'conv\d|bn\d', 'blocks': r'layer(\d+)\.(\d+)'},
+    **dict.fromkeys(('CSATv2', 'MetaFormer', 'PoolingVisionTransformer'), STAGES)}
+STEM = re.compile(r'(cls_token|reg_token|pos_embed|norm_pre)(\.|$)')  # which group_matchers before timm 1.0.31 place last
 MOBILE_CLIP = 'image_encoder.model.patch_emb'  # begins the names of Apple's own files
 NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the least that open_clip builds
 
@@ -234,11 +242,45 @@ def resize_tower(tower, side, stride=None):
         tower.set_input_size((side, side))
 
 
+def unwrapped(tower):
+    """(timm's model in open_clip's wrapper, the prefix of its parameters' names there), or (the tower itself, '')."""
+    return (tower.trunk, 'trunk.') if hasattr(tower, 'trunk') else (tower, '')
+
+
 def tower_blocks(tower):
-    """({name: block of each parameter}, number of blocks); -1 lies before the blocks, their number follows them."""
-    found = {name: BLOCK.search(name) for name, _ in tower.named_parameters()}
-    depth = 1 + max((int(match[1]) for match in found.values() if match), default=0)
-    return {name: int(match[1]) if match else -1 if STEM.search(name) else depth for name, match in found.items()}, depth
+    """({name: block of each parameter}, number of blocks); -1 lies before the blocks, their number follows them.
+    Blocks are the layers by which timm lets learning rates rise with depth. InputError: the order cannot be told."""
+    trunk, prefix = unwrapped(tower)
+    kinds = [kind.__name__ for kind in type(trunk).__mro__]
+    matcher = trunk.group_matcher() if hasattr(trunk, 'group_matcher') else next(
+        (MATCHERS[kind] for kind in kinds if kind in MATCHERS), {})
+    names = [name for name, _ in trunk.named_parameters()]
+    layers = group_parameters(SimpleNamespace(named_parameters=lambda: [(name, name) for name in ['', *names]]), matcher,
+                              reverse=True)
+    depth = layers.pop('') - 1  # of a name that no pattern matches
+    inside = [place for place, name in enumerate(names) if 0 < layers[name] <= depth and not STEM.match(name)]
+    if not inside or any(layers[name] > depth for name in names[inside[0]:inside[-1]]):
+        raise InputError(f'{kinds[0]} does not say in which order its layers come, so they cannot learn at different rates: '
+                         f"give Config.layer_lrs one pair and Config.trains no 'last N', or take another tower.")
+    early = {name for name in names[:inside[0]] if STEM.match(name)}
+    blocks = {f'{prefix}{name}': -1 if name in early else layers[name] - 1 for name in names}
+    return {name: blocks.get(name, depth) for name, _ in tower.named_parameters()}, depth
+
+
+def block_modules(tower):
+    """[the outermost modules that lie in one block each]; of a tower whose order cannot be told, none."""
+    try:
+        blocks, depth = tower_blocks(tower)
+    except InputError:
+        return []
+    found = {}
+    for name, module in tower.named_modules():
+        inside = [block for key, block in blocks.items() if key.startswith(f'{name}.')]
+        own = len(inside) == len(list(module.parameters()))  # none is another module's too
+        if own and len(set(inside)) == 1 and 0 <= inside[0] < depth and not isinstance(module, nn.ModuleList) and not any(
+                name.startswith(f'{outer}.') for outer in found):
+            found[name] = module
+    return list(found.values())
 
 
 def checkpoint_activations(tower):

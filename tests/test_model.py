@@ -6,12 +6,15 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from guie.checkpoints import load_run, save_run
 from guie.config import Config
-from guie.model import Embedder, SubcenterHead, freeze, group_table, new_model, param_groups, resize
+from guie.model import Embedder, SubcenterHead, freeze, group_table, kept_from_decay, new_model, param_groups, resize
 from guie.towers import TowerSpec, load_image_tower, resize_tower, tower_blocks
+from tests.families import FAMILIES, REFUSED, VARIANTS, on_meta
+from tests.runs import is_one_sentence
 
 MINIATURE = 'local-dir:media/miniature'
 CONFIG = Config(model_name=MINIATURE, pretrained='', image_size=32, embedding_dim=32)
@@ -168,7 +171,7 @@ def test_blocks_of_any_tower_take_the_rates_of_as_many_blocks_as_it_has(name):
                 assert group['weight_decay'] == (0 if kept else config.tower_weight_decay), full
 
 
-@pytest.mark.parametrize('name, depth', [('timm:resnet18', 5), ('timm:convnext_atto', 4)])
+@pytest.mark.parametrize('name, depth', [('timm:resnet18', 8), ('timm:convnext_atto', 12)])
 def test_a_tower_of_few_blocks_begins_with_the_first_rate_and_ends_with_the_last(name, depth):
     model = with_head(load_image_tower(name, 'random', 64))
     blocks, found = tower_blocks(model.tower)
@@ -176,6 +179,58 @@ def test_a_tower_of_few_blocks_begins_with_the_first_rate_and_ends_with_the_last
     assert found == depth
     assert {rates[key] for key, block in blocks.items() if block >= depth - 1} == {1e-5}
     assert {rates[key] for key, block in blocks.items() if block < 0} == {1.25e-6}
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, *VARIANTS])
+def test_a_familys_decay_is_timms_own_and_its_rates_rise_with_the_blocks(name):
+    tower = on_meta(name)
+    spec = TowerSpec(name, '', 32, (.5,) * 3, (.5,) * 3, '', 8, {})
+    one_rate = param_groups(Embedder(tower, spec=spec), Config(layer_lrs=((7, 1e-4),), tower_weight_decay=.1))
+    names = {id(parameter): key for key, parameter in tower.named_parameters() if parameter.requires_grad}
+    kept = {full.removeprefix('tower.') for group in one_rate if not group['weight_decay'] for full in group['names']}
+    patterns = tower.no_weight_decay() if hasattr(tower, 'no_weight_decay') else ()
+    of_timm = param_groups_weight_decay(tower, .1, no_weight_decay_list=patterns)
+    theirs = {names[id(parameter)] for group in of_timm if not group['weight_decay'] for parameter in group['params']}
+    assert theirs <= kept and sum(len(group['names']) for group in one_rate) == len(names)
+    assert [key for key in kept - theirs if not re.search(  # tokens and positions that timm's lists leave out
+        r'(_token|latent|pos_emb\w*|pos_embed\.\w+_rel|rel_pos_[hw]|_bias_table|attention_biases)$', key)] == []
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f'^{type(tower).__name__} does not say in which order'):
+            param_groups(Embedder(tower, spec=spec), Config())
+        return
+    groups, (blocks, depth) = param_groups(Embedder(tower, spec=spec), Config()), tower_blocks(tower)
+    rates = {full.removeprefix('tower.'): group['lr'] for group in groups for full in group['names']}
+    in_order = [rates[key] for key in sorted(rates, key=blocks.get)]
+    assert in_order == sorted(in_order) and in_order[0] == 1.25e-6 and in_order[-1] == 1e-5
+    assert {rate for key, rate in rates.items() if blocks[key] < 0} == {1.25e-6}
+    assert {rate for key, rate in rates.items() if blocks[key] >= depth - 1} == {1e-5}
+
+
+@pytest.mark.parametrize('name', ['swin_base_patch4_window7_224', 'PE-Core-T-16-384', 'EVA02-B-16', 'ViT-B-16-SigLIP'])
+def test_what_timm_does_not_decay_is_not_decayed_in_open_clips_wrapper(name):
+    tower = full_size(name).tower
+    plain = on_meta(tower.spec.architecture['vision_cfg']['timm_model_name'])
+    found = {key.removeprefix('trunk.') for key in kept_from_decay(tower)}
+    assert plain.no_weight_decay() & {key for key, _ in tower.trunk.named_parameters()} <= found
+    assert ('layers.0.blocks.0.attn.relative_position_bias_table' in found) == ('swin' in name)
+
+
+@pytest.mark.parametrize('tower', [
+    nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6)), nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten()),
+    nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.ReLU(), nn.Linear(9, 6)), nn.Linear(8, 6)])
+def test_a_tower_of_ones_own_learns_at_one_rate_and_is_refused_several(tower):
+    spec = TowerSpec('mine', '', 8, (.5,) * 3, (.5,) * 3, '', 6, {})
+    one, several = Config(layer_lrs=((6, 1e-4),)), Config()
+    model = Embedder(tower, SubcenterHead(6, 4, dim=5), spec=spec)
+    groups = {full: group['lr'] for group in param_groups(model, one) for full in group['names']}
+    assert {rate for full, rate in groups.items() if full.startswith('tower.')} == {1e-4}
+    assert set(groups) == {full for full, _ in model.named_parameters()}
+    for asked in (lambda: param_groups(model, several), lambda: freeze(model, 'last 1')):
+        with pytest.raises(ValueError, match=f'^{type(tower).__name__} does not say in which order') as error:
+            asked()
+        assert is_one_sentence(error)
+    freeze(model, 'head')  # then the tower has no rate
+    assert [group['name'] for group in param_groups(model, several)] == ['head']
 
 
 def test_the_table_of_groups_counts_every_parameter_once():

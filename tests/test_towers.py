@@ -8,15 +8,18 @@ import timm
 import torch
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
+from guie.errors import InputError
 from guie.model import Embedder, SubcenterHead, resize
 from guie.soups import average_states, save_soup
 from guie.submission import export_submission
 from guie.towers import (
     NO_TEXT,
     TowerSpec,
+    block_modules,
     build_tower,
     checkpoint_activations,
     load_image_tower,
@@ -25,6 +28,7 @@ from guie.towers import (
     weights_source,
 )
 from guie.training import fit
+from tests.families import FAMILIES, REFUSED, VARIANTS, FirstUses, on_meta
 
 MINIATURE = 'local-dir:media/miniature'
 
@@ -293,7 +297,91 @@ def test_weights_of_another_size_are_resized_and_come_back_at_the_new_one(tmp_pa
 
 def test_efficientnets_first_norm_learns_as_slowly_as_its_first_convolution():
     blocks, depth = tower_blocks(load_image_tower('timm:test_efficientnet', 'random', 32))
-    assert blocks['bn1.weight'] == blocks['conv_stem.weight'] == -1 and blocks['bn2.weight'] == depth
+    assert blocks['bn1.weight'] == blocks['conv_stem.weight'] == -1 and blocks['bn2.weight'] >= depth - 1
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, *VARIANTS])
+def test_a_familys_blocks_come_in_the_order_of_timms_own_layers(name):
+    tower = on_meta(name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f'^{type(tower).__name__} does not say in which order its layers come.*[.]$'):
+            tower_blocks(tower)
+        return
+    blocks, depth = tower_blocks(tower)
+    assert list(blocks) == [name for name, _ in tower.named_parameters()]
+    assert set(blocks.values()) - {-1, depth} == set(range(depth)) and -1 in blocks.values()
+    if hasattr(tower, 'group_matcher'):
+        layers = group_parameters(tower, tower.group_matcher(), reverse=True)
+        late = {} if timm.__version__ >= '1.0.31' else {'cls_token', 'reg_token', 'norm_pre'}  # timm's were misplaced
+        assert {key: layer - 1 for key, layer in layers.items() if key.split('.')[0] not in late} == {
+            key: block for key, block in blocks.items() if key.split('.')[0] not in late}
+    early = {'reg_token', 'cls_token', 'pos_embed'} | ({'norm_pre'} if not name.startswith('convnext') else set())
+    assert {block for key, block in blocks.items() if key.split('.')[0] in early} <= {-1}
+
+
+WITHOUT_MATCHER = ['csatv2', 'caformer_s18', 'poolformer_s12', 'pit_ti_224', 'pit_s_distilled_224']
+
+
+def blocks_as_used(tower, size):
+    with torch.inference_mode(), FirstUses(tower) as uses:
+        tower.eval()(torch.zeros(1, 3, size, size, device='meta'))
+    blocks, depth = tower_blocks(tower)
+    assert set(blocks.values()) - {-1, depth} == set(range(depth))
+    return [blocks[name] for name in uses.order]
+
+
+@pytest.mark.parametrize('name', WITHOUT_MATCHER)
+def test_families_without_layers_of_timms_own_have_blocks_in_the_order_of_use(name):
+    tower = on_meta(name)
+    found = blocks_as_used(tower, tower.pretrained_cfg['input_size'][-1])
+    assert found == sorted(found) and found[0] == -1
+
+
+@pytest.mark.parametrize('name, depth', [
+    ('ViT-B-32', 12), ('coca_ViT-B-32', 12), ('ViT-H-14-CLIPA', 32), ('ViT-M-16-alt', 12), ('RN50', 16), ('RN50x4', 26),
+    ('convnext_tiny', 18), ('swin_base_patch4_window7_224', 24), ('ViTamin-S', 14), ('EVA02-B-16', 12),
+    ('MobileCLIP-S1', 40), ('MobileCLIP-B', 12), ('ViT-B-16-SigLIP', 12), ('PE-Core-T-16-384', 12),
+    ('vit_relpos_medium_patch16_cls_224', 12), ('vit_medium_patch16_gap_256', 12)])
+def test_every_kind_of_open_clips_towers_has_blocks_in_the_order_of_use(name, depth):
+    with torch.device('meta'):
+        tower = load_image_tower(name, 'random')
+    found = blocks_as_used(tower, tower.spec.image_size)
+    assert found == sorted(found) and found[0] == -1 and tower_blocks(tower)[1] == depth
+    assert {block for name, block in tower_blocks(tower)[0].items() if name.startswith('head.')} <= {depth}
+
+
+class Layers(torch.nn.Module):
+    """Four layers and a matcher that knows some of them."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        self.stem, self.layers = torch.nn.Linear(4, 4), torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        self.pattern = pattern
+
+    def group_matcher(self, coarse=False):
+        return {'stem': '^stem', 'blocks': self.pattern}
+
+
+@pytest.mark.parametrize('tower', [
+    torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 6)), torch.nn.Conv2d(3, 6, 2),
+    Layers(r'^blocks\.(\d+)'), Layers(r'^layers\.([013])')])  # no layers; a part of them
+def test_a_tower_whose_order_cannot_be_told_is_refused_by_name(tower):
+    with pytest.raises(InputError, match=f'^{type(tower).__name__} does not say .*layer_lrs .*[.]$') as error:
+        tower_blocks(tower)
+    assert '\n' not in str(error.value) and block_modules(tower) == []
+    assert tower_blocks(Layers(r'^layers\.(\d+)'))[1] == 4
+
+
+@pytest.mark.parametrize('name, count', [
+    ('vit_tiny_patch16_224', 12), ('resnet18', 8), ('regnety_002', 13), ('convnext_atto', 12), ('caformer_s18', 18),
+    ('coat_lite_tiny', 11)])  # whose blocks share modules
+def test_what_is_sharded_as_one_lies_in_one_block_and_all_blocks_are(name, count):
+    tower = on_meta(name)
+    blocks, depth = tower_blocks(tower)
+    names = {id(parameter): name for name, parameter in tower.named_parameters()}
+    parts = [[names[id(parameter)] for parameter in module.parameters()] for module in block_modules(tower)]
+    assert depth == count and all(len({blocks[key] for key in part}) == 1 for part in parts)
+    assert sorted(sum(parts, [])) == sorted(key for key, block in blocks.items() if 0 <= block < depth and '.' in key)
 
 
 def test_a_tower_of_ones_own_making_cannot_be_rebuilt_from_its_spec_alone():
