@@ -60,7 +60,7 @@ def begin_run(config, tower, out_dir, *, run=None, recipe=None, train=None):
     (train). ValueError, before anything is loaded, if it holds a run with another configuration."""
     config = follow_recipe(config, recipe)
     names = [tower, config.augmentation, recipe, data_name(train) if train else None]
-    run_dir = Path(out_dir) / (run or '_'.join(filter(None, names)))
+    run_dir = user_path(out_dir) / (run or '_'.join(filter(None, names)))
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
     print('This run is written to', run_dir)

@@ -12,7 +12,7 @@ import pandas as pd
 from guie.datasets import any_names, check_one_each
 from guie.errors import InputError
 from guie.files import literal, printable, user_path, whole_file
-from guie.sources import as_list, named, read_sources
+from guie.sources import as_list, data_name, named, read_sources
 from guie.weights import read_weights
 
 
@@ -69,6 +69,7 @@ SELECTION = ('selection_query', 'selection_index')  # of the splits of a run: ob
 
 class Splits(dict):
     """{name: DataFrame path, label, domain} of a run; a notebook shows it as a table."""
+    name = ''  # of the training data, as load_data was given them
 
     def table(self):
         """DataFrame split, images, classes, domains, hash."""
@@ -139,7 +140,9 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
     check_splits(splits, pairs)
     if run_dir is not None:
         refuse_other_data(run_dir, describe(train_on))
-    return Splits({name: splits[name] for name in (*sum(pairs, ()), 'train', 'pca')})
+    ordered = Splits({name: splits[name] for name in (*sum(pairs, ()), 'train', 'pca')})
+    ordered.name = data_name(train)
+    return ordered
 
 
 def hold_out_classes(frame, pairs, share, most, seed):

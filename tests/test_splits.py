@@ -332,3 +332,12 @@ def test_a_sample_of_the_trained_classes_is_of_all_domains_alike():
     some = sample_classes(train, classes=20, each=2)
     assert len(some) == 40 and some['label'].nunique() == 20 and some.equals(train.loc[some.index])
     assert 5 <= (some.drop_duplicates('label')['label'] < '050').sum() <= 15
+
+
+@pytest.mark.parametrize('sources, name', [
+    ('pets', 'pets'), ('pets/train', 'pets'), ('pets.csv', 'pets'), ('my pets', 'my-pets')])
+def test_splits_have_the_name_of_their_data(tmp_path, sources, name):
+    write_files(tmp_path, [f'{sources.removesuffix(".csv")}/{kind}/{number}.jpg' for kind in 'abc' for number in range(3)])
+    if sources.endswith('.csv'):
+        (tmp_path / sources).write_text('path,label\n' + ''.join(f'pets/{k}/{n}.jpg,{k}\n' for k in 'abc' for n in range(3)))
+    assert load_data(tmp_path / sources, config=Config(min_images=1)).name == name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,18 +37,27 @@ def models(runs=demo.RUNS):
     return {key: utilities.project(found[key]) for key in order}
 
 
+def save(figure, path):
+    """Writes a figure as a PNG of at most 256 colours."""
+    figure.savefig(path, dpi=80)
+    with Image.open(path) as picture:
+        small = picture.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
 def draw_queries(splits, projected, path, seed=5):
     """The same five random queries and their five nearest images by three models; green: the same object."""
     shown = {'before training': ('untrained', 'vit_h_224'), 'one ingredient': ('ingredient', 'vit_h_224_none'),
              'the ensemble': ('ensemble', 'both soups')}
     chosen = np.random.default_rng(seed).choice(len(splits['query']), 5, replace=False)
-    figure = plt.figure(figsize=(13, 4.3))
-    panels = figure.subfigures(1, 1 + len(shown), width_ratios=[1.1, 5, 5, 5], wspace=0)
+    figure = plt.figure(figsize=(13, 4))
+    panels = figure.subfigures(1, 1 + len(shown), width_ratios=[1.15, 5, 5, 5], wspace=0)
     labels, paths = splits['index']['label'].to_numpy(), splits['index']['path'].to_numpy()
 
     def fill(panel, title, rows):
         panel.suptitle(title, fontsize=11)
         axes = panel.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={'wspace': .08, 'hspace': .08})
+        panel.subplots_adjust(left=.03, right=.97, bottom=.01, top=.9)
         for axis, (file, colour) in zip(axes.flat, sum(rows, [])):
             axis.imshow(utilities.read_image(file, 96))
             axis.set(xticks=[], yticks=[])
@@ -60,7 +70,7 @@ def draw_queries(splits, projected, path, seed=5):
         _, near = utilities.nearest_neighbours(query[chosen], index, 5)
         right = labels[near] == splits['query']['label'].to_numpy()[chosen, None]
         fill(panel, title, [list(zip(*row)) for row in zip(paths[near], np.where(right, 'tab:green', 'tab:red'))])
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def draw_scores(splits, projected, path):
@@ -75,9 +85,9 @@ def draw_scores(splits, projected, path):
     axis.barh([f'{stage}: {name}' for stage, name in zip(stages, names)], means, xerr=errors, capsize=3,
               color=[COLOURS[stage] for stage in stages])
     axis.invert_yaxis()
-    axis.set(xlabel='mP@5 on never-seen objects, 64 numbers; lines: 95 % interval over the objects')
+    axis.set(xlabel='mP@5 on never-seen objects (line: 95 % interval)')
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def main():
