@@ -62,14 +62,14 @@ def only_images(frame, file):
     """The rows of a label file that walk_images would list, and those without suffix; prints what the others were.
     Folders that all paths share may be hidden: who lists them means them."""
     paths, suffixes = frame['path'].tolist(), image_suffixes()
-    ends = [path[path.rfind('.') + 1:] for path in paths]
-    strange = {end for end in {*ends} if end.lower() not in suffixes and '/' not in end}
+    strange = {end for end in {path[path.rfind('.') + 1:] for path in paths}
+               if end.lower() not in suffixes and '/' not in end}
     if not strange and not holds(frame['path'], '/.', *COMPANIONS):
         return frame
     shared = len(os.path.dirname(os.path.commonprefix([min(paths), max(paths)])))
     within = cache(lambda folder: any(map(hidden, filter(None, folder.split('/')))))  # many rows have few folders
     kinds = ['hidden' if within(os.path.dirname(path)[shared:]) or hidden(os.path.basename(path))
-             else suffix_of(path) if end in strange else '' for path, end in zip(paths, ends)]
+             else suffix_of(path) if path[path.rfind('.') + 1:] in strange else '' for path in paths]
     passed = Counter(filter(None, kinds))
     if passed.total() == len(frame):
         raise InputError(f'{file}: none of its {len(frame):,} rows names an image that can be read here: {tally(passed)}.')

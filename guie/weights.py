@@ -286,15 +286,15 @@ def architecture_of(state):
     built = tuple(blocks[stage] for stage in sorted(blocks, key=str)), stem.shape[0], stem.shape[-1]
     width = state[f'{prefix}proj'].shape[-1] if f'{prefix}proj' in state else None
     names = [name for name in open_clip.list_models() if f'{prefix}conv1.weight' in state
-             and built == plan_of(open_clip.get_model_config(name)['vision_cfg'])]
+             and built == plan_of(open_clip.get_model_config(name).get('vision_cfg'))]
     near = sorted(names, key=lambda name: (open_clip.get_model_config(name)['embed_dim'] != width, len(name)))
     layers = ' + '.join(map(str, built[0])) or 'no'
     return near[0] if near else f'{layers} blocks of width {built[1]} over patches of {built[2]} pixels'
 
 
 def plan_of(vision_cfg):
-    """(blocks of each stage, width of the first convolution, its side) of open_clip's own towers; () of timm's."""
-    if 'timm_model_name' in vision_cfg:
+    """(blocks of each stage, width of the first convolution, its side) of open_clip's own towers; () of others."""
+    if not vision_cfg or 'timm_model_name' in vision_cfg:  # some models hear and do not see
         return ()
     layers, width = vision_cfg.get('layers', 12), vision_cfg.get('width', 768)
     if isinstance(layers, list):  # a ResNet
