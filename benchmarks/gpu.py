@@ -1,4 +1,4 @@
-"""What a GPU does with the real towers, random weights: speed, memory, precision, a killed run. About 6 minutes on an H200.
+"""What a GPU does with the real towers, random weights: speed, memory, precision, a killed run.
 
     python benchmarks/gpu.py [--towers ViT-H-14,ViT-L-14,SO400M] [--file gpu.json]
 

@@ -138,8 +138,10 @@ class NotebookBar(tqdm):
 
 
 def progress_bar(iterable=None, desc=None, **options):
-    """tqdm; in a notebook one plain line."""
+    """tqdm; in a notebook one plain line, which stays. leave=False: there it stays too, but only work of two seconds or more
+    shows a line at all, since an output cannot be taken back."""
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if hasattr(shell, 'kernel'):
-        return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, **options)
+        delay = 0 if options.pop('leave', True) else 2
+        return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, delay=delay, **options)
     return tqdm(iterable, desc, file=sys.stdout, mininterval=.5, **options)

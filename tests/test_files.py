@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from guie import checkpoints, datasets, embedding, files, plots, retrieval, splits, submission
 from guie.config import Config
 from guie.files import progress_bar
+from tests.worlds import lock_folders
 
 
 def full_disk(monkeypatch):
@@ -131,14 +132,7 @@ def test_a_folder_that_cannot_be_read_does_not_end_the_search(tmp_path, monkeypa
     for path in ('a/locked/inside', 'a/z/found'):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / 'a/loop').symlink_to('loop')
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith('locked'):
-            raise PermissionError(13, 'Permission denied', path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, 'scandir', refuse)
+    lock_folders(monkeypatch, 'locked')
     below = [os.path.relpath(path, tmp_path) for path in files.attached_folders([tmp_path])]
     assert below == ['.', 'a', 'a/locked', 'a/z', 'a/z/found']
 
@@ -214,16 +208,16 @@ def test_a_progress_bar_is_written_to_the_output_and_not_to_the_errors(capsys):
     assert 'reading' in said.out and not said.err
 
 
-@pytest.mark.parametrize('options, kept', [('', 'work: 100%'), (', leave=False', ''), (', disable=True', None)])
-def test_a_saved_notebook_keeps_one_line_of_a_bar(options, kept):
+@pytest.mark.parametrize('options, seconds, kept', [
+    ('', 2, True), (', leave=False', 4, True), (', leave=False', .5, False), (', disable=True', 2, False)])
+def test_a_saved_notebook_keeps_one_line_of_a_bar_and_nothing_of_a_short_one_that_is_not_to_stay(options, seconds, kept):
     source = (f'import time\nfrom guie.files import progress_bar\nfor _ in progress_bar(range(30), "work"{options}):\n'
-              '    time.sleep(.07)')
+              f'    time.sleep({seconds / 30})')
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     outputs = NotebookClient(notebook, kernel_name='python3').execute().cells[0].outputs
-    assert [output['output_type'] for output in outputs] == ['display_data'] * (kept is not None)
-    if kept is not None:
-        text = outputs[0]['data']['text/plain']
-        assert text.startswith(kept) and bool(text) == bool(kept) and '\n' not in text
+    assert [output['output_type'] for output in outputs] == ['display_data'] * kept
+    for output in outputs:
+        assert output['data']['text/plain'].startswith('work: 100%') and '\n' not in output['data']['text/plain']
 
 
 def test_a_terminal_gets_tqdm(capsys):

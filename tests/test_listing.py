@@ -5,7 +5,7 @@ import pytest
 
 from guie.datasets import list_images, read_dataset
 from guie.listing import hidden, walk_images
-from tests.worlds import write_files
+from tests.worlds import lock_folders, write_files
 
 
 def folder_of_classes(root):
@@ -126,14 +126,7 @@ def test_a_folder_behind_two_links_is_listed_once_and_the_second_counted(tmp_pat
 
 def test_an_unreadable_folder_is_counted(tmp_path, monkeypatch):
     write_files(tmp_path, ['a/1.jpg', 'locked/2.jpg'])
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith('locked'):
-            raise PermissionError(13, 'Permission denied', path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, 'scandir', refuse)
+    lock_folders(monkeypatch, 'locked')
     assert walk_images(str(tmp_path)) == (['/a/1.jpg'], {'unreadable folders': 1})
 
 

@@ -1,5 +1,6 @@
 """What several test files share: small files, small tables, and the notebooks' settings."""
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,18 @@ def write_files(root, files):
     for path in files:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(files[path].encode() if isinstance(files, dict) else NO_IMAGE)
+
+
+def lock_folders(monkeypatch, name):
+    """Folders of this name cannot be read from now on, also by root."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == name:
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
 
 
 def table(counts, domain='things'):
