@@ -3,9 +3,9 @@
     python kaggle/hours.py
 
 Prints a markdown table. Counted are the towers' operations (torch's own counter, on tensors without memory): once forward
-for an embedding, four times for a training image (forward, again forward as activations are recomputed, and twice that
-backward). Not counted: reading images, the head, saving. SHARE is the part of the published rate that a run is taken to
-reach; it is an assumption, not a measurement.
+for an embedding, four times for a training image (forward, again forward where activations are recomputed, as ViT-H/14
+needs it on a T4 and ViT-L/14 does not, and twice that backward). Not counted: reading images, the head, saving. SHARE is
+the part of the published rate that a run is taken to reach; it is an assumption, not a measurement.
 """
 import sys
 from functools import lru_cache
