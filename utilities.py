@@ -25,7 +25,8 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     recipes      what other places changed; training in stages
     soups        averages of weights
     submission   the file for PyTorch 1.11, and its replay
-    plots        figures
+    pictures     images and their neighbours
+    plots        curves and bars
 
 sharding and resume, used by training, stand between memory and training."""
 from guie.checkpoints import base_states, find_ingredients, list_runs, load_run, open_checkpoint, save_run
@@ -38,6 +39,7 @@ from guie.images import AUGMENTATIONS, ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.memory import training_plan
 from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups, resize
+from guie.pictures import show_augmentation, show_neighbours
 from guie.plots import (
     plot_basin,
     plot_dimensions,
@@ -46,8 +48,6 @@ from guie.plots import (
     plot_scores,
     plot_variance,
     plot_wise,
-    show_augmentation,
-    show_neighbours,
 )
 from guie.projection import Projection, concatenate, fit_pca, l2_normalise, project, random_projection
 from guie.recipes import RECIPES, begin_run, follow_recipe, train
@@ -89,6 +89,6 @@ __all__ = [
     'RECIPES', 'begin_run', 'follow_recipe', 'train',
     'StateEmbedder', 'average_states', 'data_of', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
-    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
     'show_augmentation', 'show_neighbours',
+    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
 ]
