@@ -246,33 +246,40 @@ INGREDIENTS = [('train_vit_h_224', 'none'), ('train_vit_h_224', 'flip'), ('train
                ('train_vit_l_336', 'none'), ('train_vit_l_336', 'flip')]
 
 
-def settings(miniature):
-    """The values of Config that the demo changes: the miniature tower as a notebook's MINIATURE says, rates and a
-    scale that suit its size and its few steps."""
-    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'layer_lrs': ((6, 1e-4),), 'head_lr': 3e-3,
-            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **miniature}
+def miniature():
+    """The miniature tower's model_name, wherever the repository lies."""
+    folder = MEDIA / 'miniature'
+    return f'local-dir:{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}'
+
+
+def settings(size_and_epochs):
+    """The values of Config that the demo changes: the miniature tower at a notebook's MINIATURE, rates and a scale that
+    suit its size and its few steps."""
+    return {'model_name': miniature(), 'pretrained': 'miniature', 'layer_lrs': ((6, 1e-4),), 'head_lr': 3e-3,
+            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **size_and_epochs}
 
 
 def zero_shot():
-    """The values that the demo changes in zero_shot_pca.ipynb: names that the miniature's text tower can read."""
+    """The settings that the demo changes in zero_shot_pca.ipynb: names that the miniature's text tower can read."""
     names = objects().query("split == 'pretraining'")['name']
-    return {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'image_size': 64,
-            'vocabulary': {'objects of the emoji world': list(names)}, 'templates': ('{}',),
-            'photos': str(make_world(RUNS / 'world') / 'selection')}
+    return {'model_name': miniature(), 'pretrained': 'miniature', 'image_size': 64,
+            'vocabulary': {'objects of the emoji world': list(names)}, 'templates': ('{}',)}
 
 
-def sources(given=None):
-    """The emoji world's CSV files, as utilities.load_data takes them, but for those that are given; {name: source} as it is
-    where it has training images of one's own."""
-    given = {name: source for name, source in (given or {}).items() if source}
-    if 'train' in given:
+def sources(data=None):
+    """The emoji world as load_data takes it, but for the parts that a notebook's DATA gives; own training images as they
+    are given."""
+    from guie.sources import PLACE4, data_sources  # not at the top: torch takes its time
+    given = data_sources(data)
+    if given['train'] != PLACE4:
         print(f'DEMO: a miniature CLIP of 3 million parameters on {given["train"]}. Its scores are low; the real towers '
               f'want a GPU (on Kaggle: GPU T4 x2).')
         return given
     print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')
     world = make_world(RUNS / 'world')
     files = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
-    return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]} | given
+    return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]} | {
+        name: part for name, part in given.items() if name != 'train'}
 
 
 def run_notebook(name, output, parameters):

@@ -21,20 +21,22 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     checkpoints  files of weights and folders of runs
     embedding    images to cached vectors
     memory       what a run will take, before it starts
+    estimate     how long towers will take
     training     the loop
     recipes      what other places changed; training in stages
     soups        averages of weights
+    begin        a notebook's parameters to settings, data and folders
     submission   the file for PyTorch 1.11, and its replay
     pictures     images and their neighbours
     plots        curves and bars
 
 sharding and resume, used by training, stand between memory and training."""
-from guie.checkpoints import base_states, find_ingredients, list_runs, load_run, open_checkpoint, save_run
+from guie.begin import begin_run, begin_soups, begin_zero_shot
+from guie.checkpoints import find_ingredients, list_runs, load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
 from guie.errors import Stopped
-from guie.files import copy_to_kaggle_output
 from guie.images import AUGMENTATIONS, ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.memory import training_plan
@@ -50,7 +52,7 @@ from guie.plots import (
     plot_wise,
 )
 from guie.projection import Projection, concatenate, fit_pca, l2_normalise, project, random_projection
-from guie.recipes import RECIPES, begin_run, follow_recipe, train
+from guie.recipes import RECIPES, follow_recipe, train
 from guie.retrieval import (
     gain_table,
     mean_precision_at_5,
@@ -61,7 +63,7 @@ from guie.retrieval import (
     score_table,
     scores_by_domain,
 )
-from guie.soups import StateEmbedder, average_states, data_of, greedy_soup, interpolate_states, save_soup, sweep_alpha
+from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import Splits, load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
 from guie.text import load_text_tower, read_vocabulary, text_vectors
@@ -70,7 +72,6 @@ from guie.training import fit, write_job
 
 __all__ = [
     'Stopped',
-    'copy_to_kaggle_output',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',
@@ -82,12 +83,13 @@ __all__ = [
     'TowerSpec', 'load_image_tower',
     'load_text_tower', 'read_vocabulary', 'text_vectors',
     'Embedder', 'SubcenterHead', 'group_table', 'new_model', 'param_groups', 'resize',
-    'base_states', 'find_ingredients', 'list_runs', 'load_run', 'open_checkpoint', 'save_run',
+    'find_ingredients', 'list_runs', 'load_run', 'open_checkpoint', 'save_run',
     'embed', 'embed_all',
     'training_plan',
     'fit', 'write_job',
-    'RECIPES', 'begin_run', 'follow_recipe', 'train',
-    'StateEmbedder', 'average_states', 'data_of', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
+    'RECIPES', 'follow_recipe', 'train',
+    'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
+    'begin_run', 'begin_soups', 'begin_zero_shot',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
     'show_augmentation', 'show_neighbours',
     'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',

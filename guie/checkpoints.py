@@ -224,14 +224,3 @@ def base_state(run):
     tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
     resize_tower(tower, spec.image_size, spec.architecture.get('stride'))
     return {f'tower.{name}': tensor for name, tensor in tower.state_dict().items()}
-
-
-def base_states(ingredients):
-    """{tower: base_state} of find_ingredients' runs; a pretrained tower that cannot be loaded is named and left out."""
-    bases = {}
-    for tower, runs in ingredients.items():
-        try:
-            bases[tower] = base_state(runs[0])
-        except (ValueError, OSError) as error:
-            print(f'{tower}: its pretrained weights are not here, so what compares with them is left out ({error})')
-    return bases

@@ -3,14 +3,15 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from html import escape
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
+import pandas as pd
 
 from guie.errors import InputError, MissingError
 from guie.files import did_you_mean, literal, user_path, write_text
 from guie.images import AUGMENTATIONS
+from guie.tables import table
 
 FORMER_NAMES = {'bands': 'layer_lrs', 'head_decay': 'head_weight_decay', 'tower_decay': 'tower_weight_decay',
                 'clip_norm': 'max_grad_norm'}  # of fields, in the configurations of earlier versions
@@ -32,54 +33,60 @@ PUBLISHED = {'place4': {  # the towers of the nine published runs; LAION-2B for 
     'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}
 
 
-@dataclass(frozen=True)
+def setting(default, meaning):
+    """A field of Config: its default, and what it means, for a reader of a notebook."""
+    return field(default=default, metadata={'meaning': meaning})
+
+
+@dataclass(frozen=True, repr=False)
 class Config:
     """Everything that decides a training run. The defaults are the 4th-place recipe for ViT-H/14 (arXiv 2210.11141)."""
-    model_name: str = 'ViT-H-14'              # open_clip name, 'local-dir:folder', 'hf-hub:org/name' or 'timm:name'
-    pretrained: str = 'laion2b_s32b_b79k'     # tag, weights file, 'tag@file', or 'random'
-    image_size: int = 224                     # side of the square the images are squashed to, pixels
-    overlap: float = 0.0                      # share of its side that a patch has in common with the next one
-    layer_lrs: tuple = ((10, 1.25e-6), (20, 2.5e-6), (26, 5e-6), (32, 1e-5))  # (blocks below, lr): early layers move less
-    n_classes: int | None = 9691              # class folders drawn from each domain; None: all of them
-    min_images: int = 4                       # classes with fewer teach ArcFace little and are left out
-    max_images: int = 50                      # a class gives at most so many, so that none dominates
-    augmentation: str = 'none'                # the one thing in which a soup's ingredients differ
-    embedding_dim: int = 512                  # width that the classes are separated in; PCA brings it to 64 later
-    head_norm: bool = False                   # batch normalisation, without weights, of what enters the head
-    subcenters: int = 3                       # centres a class: several looks of one object, and label noise
-    scale: float = 30.0                       # s of ArcFace: softmax temperature 1/s
-    margin_min: float = 0.05                  # radians, for the most frequent class
-    margin_width: float = 0.45                # added for the rarest one
-    margin_growth: float = 0.0                # radians that every margin grows by each epoch
-    trains: str = 'all'                       # or 'head', 'tower', 'last N': N blocks, what follows them, and the head
-    stages: tuple = ()                        # {field: value} of each stage of training, one after the other; () is one
-    head_lr: float = 3e-4                     # the head starts from nothing, the tower does not
-    head_weight_decay: float = 1e-5
-    tower_weight_decay: float = 1e-3
-    batch_size: int | None = None             # images on one device at a time; None: as many as fit, 8 on a CPU
-    effective_batch: int = 32                 # images an optimiser step; the rest is accumulated
-    epochs: int = 1
-    warmup_steps: int = 1000                  # optimiser steps of linear warm-up, then cosine to 0
-    max_grad_norm: float = 1.0                # an early ArcFace gradient can be huge; the published code did not clip
-    precision: str = 'auto'                   # 'bf16' or 'fp16' where the device has it, else 'no'
-    checkpoint_activations: bool | None = None  # a third more time for a fraction of the memory; None: at need
-    shard: bool = False                       # parts of the tower on each GPU (FSDP), where a whole one does not fit
-    data_seed: int = 5                        # which classes are drawn and held out: alike for all ingredients of a soup
-    seed: int = 5                             # data order, augmentation, dropout
-    head_seed: int = 5                        # initial head apart: only ingredients that share it can be averaged
-    pca_images: int = 20_000                  # training images that the projection to 64 is fitted on
-    workers: int | None = None                # data-loading processes; None: chosen by cores and device
-    validate_every: int | None = None         # optimiser steps between selection scores; the best weights are kept
-    save_minutes: float = 20                  # between checkpoints to resume from
-    max_hours: float | None = None            # stop cleanly, everything saved, before the session does
-    max_unreadable: int = 100                 # images that may be broken before the run stops
-    max_skipped: int = 10                     # steps whose loss or gradient may be NaN or infinite before it stops
+    model_name: str = setting('ViT-H-14', "open_clip name, 'local-dir:folder', 'hf-hub:org/name' or 'timm:name'")
+    pretrained: str = setting('laion2b_s32b_b79k', "tag, weights file, 'tag@file', or 'random'")
+    image_size: int = setting(224, 'side of the square the images are squashed to, pixels')
+    overlap: float = setting(0.0, 'share of its side that a patch has in common with the next one')
+    layer_lrs: tuple = setting(
+        ((10, 1.25e-6), (20, 2.5e-6), (26, 5e-6), (32, 1e-5)), '(blocks below, lr): early layers move less')
+    n_classes: int | None = setting(9691, 'class folders drawn from each domain; None: all of them')
+    min_images: int = setting(4, 'classes with fewer teach ArcFace little and are left out')
+    max_images: int = setting(50, 'a class gives at most so many, so that none dominates')
+    augmentation: str = setting('none', "the one thing in which a soup's ingredients differ")
+    embedding_dim: int = setting(512, 'width that the classes are separated in; PCA brings it to 64 later')
+    head_norm: bool = setting(False, 'batch normalisation, without weights, of what enters the head')
+    subcenters: int = setting(3, 'centres a class: several looks of one object, and label noise')
+    scale: float = setting(30.0, 's of ArcFace: softmax temperature 1/s')
+    margin_min: float = setting(0.05, 'radians, for the most frequent class')
+    margin_width: float = setting(0.45, 'added for the rarest one')
+    margin_growth: float = setting(0.0, 'radians that every margin grows by each epoch')
+    trains: str = setting('all', "or 'head', 'tower', 'last N': N blocks, what follows them, and the head")
+    stages: tuple = setting((), '{field: value} of each stage of training, one after the other; () is one')
+    head_lr: float = setting(3e-4, 'the head starts from nothing, the tower does not')
+    head_weight_decay: float = setting(1e-5, "of the head's linear map and centres")
+    tower_weight_decay: float = setting(1e-3, "of the tower's matrices; biases, norms and tokens have none")
+    batch_size: int | None = setting(None, 'images on one device at a time; None: as many as fit, 8 on a CPU')
+    effective_batch: int = setting(32, 'images an optimiser step; the rest is accumulated')
+    epochs: int = setting(1, 'passes over the training images')
+    warmup_steps: int = setting(1000, 'optimiser steps of linear warm-up, then cosine to 0')
+    max_grad_norm: float = setting(1.0, 'an early ArcFace gradient can be huge; the published code did not clip')
+    precision: str = setting('auto', "'bf16' or 'fp16' where the device has it, else 'no'")
+    checkpoint_activations: bool | None = setting(None, 'a third more time for a fraction of the memory; None: at need')
+    shard: bool = setting(False, 'parts of the tower on each GPU (FSDP), where a whole one does not fit')
+    data_seed: int = setting(5, 'which classes are drawn and held out: alike for all ingredients of a soup')
+    seed: int = setting(5, 'data order, augmentation, dropout')
+    head_seed: int = setting(5, 'initial head apart: only ingredients that share it can be averaged')
+    pca_images: int = setting(20_000, 'training images that the projection to 64 is fitted on')
+    workers: int | None = setting(None, 'data-loading processes; None: chosen by cores and device')
+    validate_every: int | None = setting(None, 'optimiser steps between selection scores; the best weights are kept')
+    save_minutes: float = setting(20, 'between checkpoints to resume from')
+    max_hours: float | None = setting(None, 'stop cleanly, everything saved, before the session does')
+    max_unreadable: int = setting(100, 'images that may be broken before the run stops')
+    max_skipped: int = setting(10, 'steps whose loss or gradient may be NaN or infinite before it stops')
 
     def __post_init__(self):
-        for field in fields(self):
-            value = plain(getattr(self, field.name))
-            object.__setattr__(self, field.name, literal(value, list, tuple) if field.type is tuple else value)
-            check_field(field.name, field.type, getattr(self, field.name))
+        for one in fields(self):
+            value = plain(getattr(self, one.name))
+            object.__setattr__(self, one.name, literal(value, list, tuple) if one.type is tuple else value)
+            check_field(one.name, one.type, getattr(self, one.name))
         object.__setattr__(self, 'layer_lrs', checked_layer_lrs(self.layer_lrs))
         for name, names in (('augmentation', AUGMENTATIONS), ('precision', ('auto', 'no', 'fp16', 'bf16'))):
             if (value := getattr(self, name)) not in names:
@@ -153,12 +160,17 @@ class Config:
         except (ValueError, TypeError) as error:
             raise InputError(f'{path} is not a configuration: {error}') from error
 
-    def _repr_html_(self, columns=3):
-        """For a notebook: every field and its value."""
-        cells = [f'<td><b>{name}</b></td><td>{escape(str(value))}</td>' for name, value in asdict(self).items()]
-        height = -(-len(cells) // columns)
-        rows = [f'<tr>{"".join(cells[row::height])}</tr>' for row in range(height)]
-        return f'<table>{"".join(rows)}</table>'
+    def table(self):
+        """What differs from the defaults, which are the recipe: DataFrame setting, value, default, meaning."""
+        rows = [(one.name, getattr(self, one.name), one.default, one.metadata['meaning']) for one in fields(self)
+                if getattr(self, one.name) != one.default]
+        return pd.DataFrame(rows, columns=['setting', 'value', 'default', 'meaning']).astype(str)
+
+    def __repr__(self):
+        return f'Config({", ".join(f"{row.setting}={getattr(self, row.setting)!r}" for row in self.table().itertuples())})'
+
+    def _repr_html_(self):
+        return table(self.table())._repr_html_()
 
 
 def read_overrides(value):

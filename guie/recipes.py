@@ -9,8 +9,6 @@ from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
-from guie.resume import refuse_other_config
-from guie.sources import data_name
 from guie.training import run_job, write_job
 
 
@@ -52,19 +50,6 @@ def stage_folders(config, run_dir):
     *before, last = config.each_stage()
     return [*((run_dir / f'{run_dir.name}-stage-{number}', stage) for number, stage in enumerate(before, start=1)),
             (run_dir, last)]
-
-
-def begin_run(config, tower, out_dir, *, run=None, recipe=None, train=None):
-    """(configuration as the recipe says, folder of the run) of a training notebook, by its parameters.
-    The folder's name is `run`, or the tower's, the augmentation, the recipe and the name of the data, if they are one's own
-    (train). ValueError, before anything is loaded, if it holds a run with another configuration."""
-    config = follow_recipe(config, recipe)
-    names = [tower, config.augmentation, recipe, data_name(train) if train else None]
-    run_dir = user_path(out_dir) / (run or '_'.join(filter(None, names)))
-    for folder, stage in stage_folders(config, run_dir):
-        refuse_other_config(folder, stage)
-    print('This run is written to', run_dir)
-    return config, run_dir
 
 
 def train(config, splits, run_dir, *, processes=None, search=ATTACHED):

@@ -2,13 +2,14 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from guie.checkpoints import Checkpoint, load_run, open_checkpoint, save_state
+from guie.checkpoints import Checkpoint, base_state, load_run, open_checkpoint, save_state
 from guie.config import Config
 from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
 from guie.errors import InputError
@@ -239,8 +240,18 @@ class StateEmbedder:
     splits: those of the run; 'seen' is added, images of trained classes."""
 
     def __init__(self, run, splits):
-        self.model, self.known, self.scores = load_run(run), {}, {}
+        self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run), {}, {}
         self.splits = Splits(splits, seen=sample_classes(splits['train']))
+
+    @cached_property
+    def base(self):
+        """The pretrained tower that the runs started from, as tensors named 'tower.…'; where it cannot be loaded that is
+        printed, and it is None."""
+        try:
+            return base_state(self.run)
+        except (ValueError, OSError) as error:
+            return print(f'{self.run.name}: its pretrained weights are not here, so what compares with them is left out '
+                         f'({error})')
 
     def load(self, state):
         """Loads a state into the model; returns what equal states are known by."""
@@ -248,7 +259,8 @@ class StateEmbedder:
         return state_hash(state)
 
     def vectors(self, state, names, folder=None):
-        """embed_all of a state: {name: float32 (n, dim)}, kept under `folder` if given."""
+        """embed_all of a state or a run's folder: {name: float32 (n, dim)}, kept under `folder` if given."""
+        state = state if isinstance(state, dict) else open_checkpoint(state)
         known = self.known.setdefault(self.load(state), {})
         beside = Path(state.path).parent / 'vectors' if isinstance(state, Checkpoint) else None
         if folder:

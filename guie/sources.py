@@ -6,10 +6,12 @@ import pandas as pd
 
 from guie.datasets import DATASETS, check_one_each, read_dataset
 from guie.errors import InputError
-from guie.files import literal, user_path
+from guie.files import did_you_mean, literal, user_path
 from guie.images import image_suffixes
 from guie.listing import hidden, is_image
 
+PLACE4 = ['products-10k', 'landmark-recognition-2020']  # what the 4th place trained on
+OF_DATA = ('train', 'query', 'index', 'selection', 'root', 'name')
 PARTS = 'train training trainval val valid validation dev test testing eval'.split()  # as people call parts of one set
 
 
@@ -17,6 +19,21 @@ def as_list(sources):
     """One or several sources, or their text, as a list."""
     sources = literal(sources, list, tuple)
     return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+
+
+def data_sources(data=None):
+    """load_data's arguments {name: source} of a notebook's DATA: training images, as a folder of class folders, a CSV, the
+    name of a known set or a list of these; or a dict of train, query, index, selection, root and name (what the data are
+    called in the names of runs). None: the data of the 4th place, without a name."""
+    data = literal(data, dict, list, tuple)
+    if data is None or isinstance(data, str) and not data.strip() or isinstance(data, dict) and not data.get('train'):
+        given, name = {'train': PLACE4, **(data or {})}, ''
+    else:
+        given = data if isinstance(data, dict) else {'train': data}
+        name = data_name(given['train'])
+    if unknown := [part for part in given if part not in OF_DATA]:
+        raise InputError(f'DATA has no part {unknown[0]!r}; give {", ".join(OF_DATA)}.{did_you_mean(unknown[0], OF_DATA)}')
+    return {'name': name, **given, 'train': given.get('train') or PLACE4}
 
 
 def set_name(source):

@@ -100,14 +100,14 @@ class Splits(dict):
 
 
 def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500,
-              run_dir=None):
+              name=None, run_dir=None):
     """The splits of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
     train: what read_dataset takes, or a list of such; a folder may hold train/ and val/. query, index: never-seen objects to
     report on; selection: a pair (query, index) to make choices on. What is not given is made of classes held out of the
     training data (`held_out` of them each, at most `most_held_out`): their images are dealt out in turn, one to the query,
     two to the index. Where these would be too few it is made of images of the trained classes, and that is printed. A
-    class that is both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all. run_dir:
-    ValueError if a run of other images is there."""
+    class that is both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all. name: of
+    the data, for Splits.name; None: that of train. run_dir: ValueError if a run of other images is there."""
     train, selection = literal(train, list, tuple), literal(selection, list, tuple)
     pairs = {('query', 'index'): (query, index), SELECTION: selection or (None, None)}
     for names, pair in pairs.items():
@@ -141,7 +141,7 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
     if run_dir is not None:
         refuse_other_data(run_dir, describe(train_on))
     ordered = Splits({name: splits[name] for name in (*sum(pairs, ()), 'train', 'pca')})
-    ordered.name = data_name(train)
+    ordered.name = data_name(train) if name is None else name
     return ordered
 
 

@@ -24,7 +24,7 @@ from torchvision.transforms import PILToTensor
 
 from guie.checkpoints import load_run
 from guie.errors import FileError, InputError, MissingError
-from guie.files import progress_bar, reason_of, user_path, whole_file
+from guie.files import copy_to_kaggle_output, progress_bar, reason_of, user_path, whole_file
 from guie.images import ImageDataset
 from guie.model import Embedder
 from guie.projection import MAX_DIM, project
@@ -200,13 +200,13 @@ def save_traced(model, file):
     return vector.shape[1], check_difference(model, file)
 
 
-def export_submission(model, path, *, reference=None):
+def export_submission(model, path, *, reference=None, submit=False):
     """Write submission.zip for the host: `model` as saved_model.pt, TorchScript that PyTorch 1.11 runs.
     model: Submission, Embedder, or any module uint8 (1, 3, H, W) -> float32 (1, dim <= 64) of length 1. Operators and file
     version are checked against 1.11's, and the reloaded file against the model (1e-5). reference: a table of images; the
     first few that can be read and their vectors are written beside it as reference.npz (images uint8 (n, 3, 96, 96),
-    vectors). ValueError: a model the host cannot use. OSError: nowhere to write; what stood at `path` stays until the new
-    file is whole."""
+    vectors). submit: on Kaggle it is left where the competition looks for it too. ValueError: a model the host cannot use.
+    OSError: nowhere to write; what stood at `path` stays until the new file is whole."""
     path = user_path(path)
     path = path / 'submission.zip' if path.is_dir() else path
     model = on_cpu(Submission([model]) if isinstance(model, Embedder) else model)
@@ -224,6 +224,8 @@ def export_submission(model, path, *, reference=None):
             vectors = np.concatenate([model(torch.from_numpy(image)[None]) for image in images])
         with whole_file(path.with_name('reference.npz')) as beside:
             np.savez(beside, images=images, vectors=vectors)
+    if submit:
+        copy_to_kaggle_output(path)
 
 
 def reference_images(frame, count=16, size=96):

@@ -20,7 +20,6 @@ from guie import checkpoints
 from guie.checkpoints import (
     bare_checkpoints,
     base_state,
-    base_states,
     find_ingredients,
     list_runs,
     load_run,
@@ -506,17 +505,6 @@ def test_bare_checkpoints_of_an_unknown_tower_ask_for_its_architecture(tmp_path)
     with pytest.raises(ValueError, match='INGREDIENTS names mine, of which .* in ARCHITECTURES') as error:
         find_ingredients(tmp_path, ['mine'], {'mine': [tmp_path / 'file']}, search=())
     assert '\n' not in str(error.value)
-
-
-def test_a_pretrained_tower_that_is_not_here_is_named_and_left_out(registered, tmp_path, capsys):
-    files = {name: [authors_file(tiny_clip('gelu'), tmp_path / f'{name}.pt')] for name in ('here', 'absent')}
-    torch.save(tiny_clip('gelu', 1).state_dict(), tmp_path / 'weights')
-    architectures = {name: ARCHITECTURE | {'pretrained': f'gelu@{tmp_path}/{file}'}
-                     for name, file in (('here', 'weights'), ('absent', 'no_such_file'))}
-    bases = base_states(find_ingredients(tmp_path, files, files, architectures, search=()))
-    assert list(bases) == ['here'] and torch.equal(bases['here']['tower.proj'], tiny_clip('gelu', 1).visual.proj)
-    said = capsys.readouterr().out
-    assert 'absent: its pretrained weights are not here' in said and 'no_such_file' in said
 
 
 def test_the_pretrained_tower_of_a_run_has_the_size_and_overlap_of_the_run(tmp_path):

@@ -9,8 +9,8 @@ import utilities
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ['errors', 'files', 'distributed', 'weights', 'images', 'listing', 'config', 'datasets', 'sources', 'splits',
-         'losses', 'projection', 'retrieval', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory', 'sharding',
-         'resume', 'training', 'recipes', 'soups', 'submission', 'pictures', 'plots']  # a room imports from rooms before it
+         'losses', 'projection', 'retrieval', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory', 'estimate',
+         'sharding', 'resume', 'training', 'recipes', 'soups', 'begin', 'submission', 'pictures', 'plots']  # a room imports from rooms before it
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 

@@ -15,7 +15,7 @@ from guie.distributed import launch
 from guie.embedding import embed
 from guie.errors import Stopped
 from guie.losses import adaptive_margins
-from guie.recipes import RECIPES, begin_run, follow_recipe
+from guie.recipes import RECIPES, follow_recipe
 from guie.resume import read_position, saved_states
 from guie.splits import Splits
 from tests.runs import apart, is_one_sentence, new_model, same, weights, without_dropout
@@ -40,34 +40,6 @@ def test_a_recipe_trains_for_as_many_epochs_as_the_configuration_says(recipe):
 
 def test_the_recipes_of_the_other_places_are_there():
     assert {'place4', 'lp-ft', 'locked-head', 'slow-tower', 'direct-64', 'hi-res', 'overlap'} <= set(RECIPES)
-
-
-@pytest.mark.parametrize('options, name', [
-    ({}, 'vit_h_224_none'), ({'recipe': 'hi-res'}, 'vit_h_224_none_hi-res'),
-    ({'train': '/data/mypets'}, 'vit_h_224_none_mypets'),
-    ({'train': ['/data/pets/train', '/data/pets/val'], 'recipe': 'lp-ft'}, 'vit_h_224_none_lp-ft_pets'),
-    ({'train': '/data/mypets', 'run': 'mine'}, 'mine')])
-def test_a_run_is_named_after_what_it_is_made_of(tmp_path, capsys, options, name):
-    config, folder = begin_run(CONFIG, 'vit_h_224', tmp_path, **options)
-    assert folder == tmp_path / name and config == follow_recipe(CONFIG, options.get('recipe'))
-    assert f'This run is written to {folder}' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('recipe, folder, file', [
-    (None, 'run', 'state/step-00000001/position.json'), (None, 'run', 'model.safetensors'),
-    ('lp-ft', 'run', 'model.safetensors'), ('lp-ft', 'run/run-stage-1', 'stage.safetensors')])
-def test_a_run_with_other_settings_is_refused_where_its_folder_is_chosen(tmp_path, recipe, folder, file):
-    there = tmp_path / folder
-    write_files(there, [file])
-    stage = {'run': -1, 'run/run-stage-1': 0}[folder]
-    follow_recipe(CONFIG, recipe).each_stage()[stage].save(there / 'config.json')
-    begin_run(CONFIG, 'vit_h_224', tmp_path, run='run', recipe=recipe)
-    with pytest.raises(ValueError, match=f'{there} holds a run with another configuration .seed: 5, now 6') as error:
-        begin_run(CONFIG.override(seed=6), 'vit_h_224', tmp_path, run='run', recipe=recipe)
-    assert is_one_sentence(error)
-    (there / file).unlink()
-    (there / file).parent.rmdir() if 'state' in file else None
-    begin_run(CONFIG.override(seed=6), 'vit_h_224', tmp_path, run='run', recipe=recipe)  # it had not begun
 
 
 def test_an_unknown_recipe_names_those_there_are():

@@ -1,0 +1,56 @@
+"""Estimate: about how long towers will take on this machine, before they are loaded."""
+import os
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from guie.distributed import autocast_dtype, best_device
+from guie.towers import unloaded_tower
+
+
+def forward_cost(config):
+    """(floating point operations, parameters) of a configuration's image tower for one image; a multiplication and an
+    addition are two. Nothing is downloaded or computed: torch's own counter sees shapes alone."""
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        tower = unloaded_tower(config)
+        tower(torch.zeros(1, 3, config.image_size, config.image_size))
+    return counter.get_total_flops(), sum(weight.numel() for weight in tower.parameters())
+
+
+def matmul_rate(precision='auto', side=1024, seconds=.2):
+    """Floating point operations a second of this process's device in large matrix products, measured in a moment."""
+    device = best_device()
+    side, dtype = (4 * side, autocast_dtype(precision)) if device.type == 'cuda' else (side, None)
+    matrix = torch.ones(side, side, device=device, dtype=dtype or torch.float32)
+    best, end = float('inf'), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float('inf'):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * side ** 3 / best
+
+
+def training_cost(config, images):
+    """Floating point operations of all stages of a run on so many images: forward, and twice that backward."""
+    total = 0
+    for stage in config.each_stage():
+        passes = 1 if stage.trains == 'head' else 4 if stage.checkpoint_activations else 3
+        total += stage.epochs * images * passes * forward_cost(stage)[0]
+    return total
+
+
+def in_words(seconds):
+    """A time as people say it."""
+    for unit, length in (('h', 3600), ('min', 60)):
+        if seconds >= 1.5 * length:
+            return f'about {seconds / length:.{int(seconds < 10 * length)}f} {unit}'
+    return f'about {max(seconds, 1):.0f} s'
+
+
+def device_in_words():
+    """'2 × Tesla T4, 15 GB each' or 'CPU, 2 cores, no GPU'."""
+    if best_device().type == 'cpu':
+        return f'CPU, {os.cpu_count()} cores, no GPU'
+    card, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    return f'{f"{count} × " * (count > 1)}{card.name}, {card.total_memory / 1e9:.0f} GB{" each" * (count > 1)}'
