@@ -13,7 +13,8 @@ from guie.config import Config
 from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
-from guie.retrieval import mean_precision_at_5, score_table
+from guie.retrieval import mean_precision_at_5
+from guie.scores import score_table
 from guie.sources import named
 from guie.splits import Splits, describe, load_data, other_images, sample_classes
 from guie.weights import load_strictly
