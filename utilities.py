@@ -4,6 +4,7 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
 
     errors       what a user can mend, each one sentence
     files        whole or no files, attached inputs, hashes
+    tables       DataFrames as tables to read
     distributed  one or several GPUs, and a stop that saves
     weights      files of anybody's weights, under our names
     images       an image file to a uint8 square, augmented, in batches
@@ -57,6 +58,7 @@ from guie.scores import gain_table, paired_bootstrap, save_scores, score_table, 
 from guie.soups import StateEmbedder, average_states, data_of, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import Splits, load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
+from guie.tables import table
 from guie.text import load_text_tower, read_vocabulary, text_vectors
 from guie.towers import TowerSpec, load_image_tower
 from guie.training import fit, write_job
@@ -64,6 +66,7 @@ from guie.training import fit, write_job
 __all__ = [
     'Stopped',
     'copy_to_kaggle_output',
+    'table',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',

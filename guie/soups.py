@@ -270,7 +270,8 @@ class StateEmbedder:
 
 def sweep_alpha(base, soup, alphas, embedder):
     """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width; low, high: ends of the
-    95 % interval of 'never seen', as in score_table. base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture;
+    95 % interval of 'never seen', as in score_table.
+    base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture;
     images of trained classes ('seen') are each searched among the others."""
     splits, rows = embedder.splits, []
     for alpha in alphas:

@@ -9,9 +9,9 @@ import utilities
 
 ROOT = Path(__file__).resolve().parent.parent
 # a room imports from rooms before it
-ORDER = ['errors', 'files', 'distributed', 'weights', 'images', 'listing', 'config', 'datasets', 'sources', 'splits',
-         'losses', 'projection', 'retrieval', 'scores', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory',
-         'sharding', 'resume', 'training', 'recipes', 'soups', 'submission', 'pictures', 'plots']
+ORDER = ['errors', 'files', 'tables', 'distributed', 'weights', 'images', 'listing', 'config', 'datasets', 'sources',
+         'splits', 'losses', 'projection', 'retrieval', 'scores', 'towers', 'text', 'model', 'checkpoints', 'embedding',
+         'memory', 'sharding', 'resume', 'training', 'recipes', 'soups', 'submission', 'pictures', 'plots']
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 
