@@ -4,6 +4,7 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
 
     errors       what a user can mend, each one sentence
     files        whole or no files, attached inputs, hashes
+    tables       DataFrames as tables to read
     distributed  one or several GPUs, and a stop that saves
     weights      files of anybody's weights, under our names
     images       an image file to a uint8 square, augmented, in batches
@@ -14,7 +15,8 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     splits       what is trained on, chosen by and reported on
     losses       margins and sub-centre ArcFace
     projection   d numbers to at most 64, by a PCA
-    retrieval    neighbours, mP@5 and how sure it is
+    retrieval    neighbours and mP@5
+    scores       how sure an mP@5 is, tables of scores
     towers       pretrained image towers
     text         text towers and vocabularies
     model        head, Embedder, learning rates
@@ -53,33 +55,27 @@ from guie.plots import (
 )
 from guie.projection import Projection, concatenate, fit_pca, l2_normalise, project, random_projection
 from guie.recipes import RECIPES, follow_recipe, train
-from guie.retrieval import (
-    gain_table,
-    mean_precision_at_5,
-    nearest_neighbours,
-    paired_bootstrap,
-    precision_at_5,
-    save_scores,
-    score_table,
-    scores_by_domain,
-)
+from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
+from guie.scores import gain_table, paired_bootstrap, save_scores, score_table, scores_by_domain
 from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import Splits, load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
+from guie.tables import table
 from guie.text import load_text_tower, read_vocabulary, text_vectors
 from guie.towers import TowerSpec, load_image_tower
 from guie.training import fit, write_job
 
 __all__ = [
     'Stopped',
+    'table',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',
     'Splits', 'load_data', 'select_classes',
     'adaptive_margins', 'arcface_loss',
     'Projection', 'concatenate', 'fit_pca', 'l2_normalise', 'project', 'random_projection',
-    'gain_table', 'mean_precision_at_5', 'nearest_neighbours', 'paired_bootstrap', 'precision_at_5', 'save_scores',
-    'score_table', 'scores_by_domain',
+    'mean_precision_at_5', 'nearest_neighbours', 'precision_at_5',
+    'gain_table', 'paired_bootstrap', 'save_scores', 'score_table', 'scores_by_domain',
     'TowerSpec', 'load_image_tower',
     'load_text_tower', 'read_vocabulary', 'text_vectors',
     'Embedder', 'SubcenterHead', 'group_table', 'new_model', 'param_groups', 'resize',

@@ -17,7 +17,7 @@ from guie.config import Config
 from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
 from guie.files import printable, progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
-from guie.retrieval import score_table
+from guie.scores import score_table
 from guie.splits import SELECTION, Splits
 
 WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer than it saves

@@ -14,7 +14,8 @@ from guie.config import Config
 from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
-from guie.retrieval import mean_precision_at_5, score_table
+from guie.retrieval import mean_precision_at_5
+from guie.scores import score_table
 from guie.sources import named
 from guie.splits import Splits, describe, load_data, other_images, sample_classes
 from guie.weights import load_strictly
@@ -280,7 +281,8 @@ class StateEmbedder:
 
 
 def sweep_alpha(base, soup, alphas, embedder):
-    """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width.
+    """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width; low, high: ends of the
+    95 % interval of 'never seen', as in score_table.
     base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture;
     images of trained classes ('seen') are each searched among the others."""
     splits, rows = embedder.splits, []
@@ -288,6 +290,7 @@ def sweep_alpha(base, soup, alphas, embedder):
         state = interpolate_states(base, soup, alpha)
         vectors, seen = embedder.vectors(state, ('seen', 'query', 'index')), splits['seen']['label']
         among_others = mean_precision_at_5(vectors['seen'], seen, vectors['seen'], seen, exclude_self=True)
-        rows.append({'alpha': alpha, 'selection': embedder.score(state), 'seen': among_others,
-                     'never seen': score_table('', '', vectors, splits, dims=(None,))['mp5'].iloc[0]})
+        new = score_table('', '', vectors, splits, dims=(None,)).iloc[0]
+        rows.append({'alpha': alpha, 'selection': embedder.score(state), 'seen': among_others, 'never seen': new['mp5'],
+                     'low': new['low'], 'high': new['high']})
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ import torch
 from nbclient import NotebookClient
 from safetensors.torch import save_file
 
-from guie import checkpoints, datasets, embedding, files, plots, retrieval, splits, submission
+from guie import checkpoints, datasets, embedding, files, plots, scores, splits, submission
 from guie.config import Config
 from guie.files import progress_bar
 from tests.worlds import lock_folders
@@ -295,7 +295,7 @@ def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
     assert len(listed['selection_query']) == len(train) and set(listed) == set(parts)
     assert len(datasets.list_images('~/data')) == len(train)
     table = pd.DataFrame({'stage': ['a'], 'mp5': [.5]})
-    retrieval.save_scores(table, ' ~/scores.csv')
+    scores.save_scores(table, ' ~/scores.csv')
     checkpoints.save_state({'tower.a': torch.ones(2)}, '~/runs/h_x/model.safetensors')
     for path in ('~/runs/h_x', ' $DATA/runs/h_x/model.safetensors'):
         assert checkpoints.open_checkpoint(path).name == 'h_x'

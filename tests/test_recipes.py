@@ -18,8 +18,7 @@ from guie.losses import adaptive_margins
 from guie.recipes import RECIPES, follow_recipe
 from guie.resume import read_position, saved_states
 from guie.splits import Splits
-from tests.runs import apart, is_one_sentence, new_model, same, weights, without_dropout
-from tests.worlds import write_files
+from tests.runs import apart, new_model, same, weights, without_dropout
 
 CONFIG = Config(**demo.settings({'image_size': 32})).override(
     batch_size=8, effective_batch=16, epochs=1, warmup_steps=1, embedding_dim=32, save_minutes=1000)

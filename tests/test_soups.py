@@ -29,7 +29,8 @@ from guie.checkpoints import (
 from guie.config import Config
 from guie.embedding import embed, embed_all
 from guie.files import file_hash, state_hash
-from guie.retrieval import mean_precision_at_5
+from guie.retrieval import mean_precision_at_5, precision_at_5
+from guie.scores import intervals
 from guie.soups import (
     StateEmbedder,
     average_states,
@@ -395,7 +396,10 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
         scores = [mean_precision_at_5(vectors[query], splits[query]['label'],
                                       vectors[index], splits[index]['label'], query == index)
                   for query, index in (('selection_query', 'selection_index'), ('seen', 'seen'), ('query', 'index'))]
-        assert list(row[1:]) == pytest.approx(scores, abs=1e-6)
+        precisions = precision_at_5(vectors['query'], splits['query']['label'], vectors['index'], splits['index']['label'])
+        assert list(row[1:]) == pytest.approx([*scores, *intervals([precisions], splits['query']['label'])[0]], abs=1e-6)
+        assert row.low < scores[2] < row.high
+    assert curve.columns.tolist() == ['alpha', 'selection', 'seen', 'never seen', 'low', 'high']
     assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
     monkeypatch.setattr(soups, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
     assert embedder.score(model.state_dict()) == curve['selection'].iloc[1] > 0

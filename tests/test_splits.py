@@ -8,7 +8,7 @@ import pytest
 
 from guie.config import Config
 from guie.datasets import read_dataset
-from guie.retrieval import score_table
+from guie.scores import score_table
 from guie.splits import Splits, load_data, sample_classes, sample_objects, select_classes, selection_hash, split_by_class
 from tests.runs import is_one_sentence
 from tests.worlds import table, write_files
