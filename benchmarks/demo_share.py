@@ -180,10 +180,10 @@ def plan(options, folder):
         world = demo.make_world(folder / 'world', training=4, query=1, index=1, size=48)
         index = pd.read_csv(world / 'index.csv')
         index.head(60).to_csv(world / 'index.csv', index=False)
-        parts = {name.upper(): str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
-        return [('train_vit_h_224', folder / 'one', {'DEMO': True, 'OUT_DIR': str(folder), **parts, 'SELECTION': [
-            str(world / f'selection_{name}.csv') for name in ('query', 'index')], 'OVERRIDES': {
-                'image_size': 32, 'n_classes': 20, 'epochs': 1, 'min_images': 2}})]
+        data = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
+        data['selection'] = [str(world / f'selection_{name}.csv') for name in ('query', 'index')]
+        return [('train_vit_h_224', folder / 'one', {'DEMO': True, 'OUT_DIR': str(folder), 'DATA': data, 'OVERRIDES': {
+            'image_size': 32, 'n_classes': 20, 'epochs': 1, 'min_images': 2}})]
     demo.make_world(folder / 'world')  # as the demo's first act
     ingredients = demo.INGREDIENTS if options.whole else [demo.INGREDIENTS[0], demo.INGREDIENTS[-1]]
     shared = {'DEMO': True, 'OUT_DIR': str(folder)}

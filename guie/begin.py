@@ -35,7 +35,7 @@ def say_plan(splits, configs, *, training=False, passes=1):
         work += passes * searched * cost + (training_cost(config, len(splits['train'])) if training else 0)
     print('device:', device_in_words())
     rate = SHARE * processes_here() * matmul_rate(next(iter(configs.values())).precision)
-    print(f'time:    {in_words(work / rate)} for the towers')
+    print(f'time:   {in_words(work / rate)} for the towers')
 
 
 def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
@@ -73,8 +73,8 @@ def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home=
     values = {**values, **{name: value for name, value in choices.items() if value is not None}}
     more = read_overrides(overrides)
     if unknown := [name for name in more if name not in values]:
-        raise InputError(f'OVERRIDES has {unknown[0]!r}, but the settings are {", ".join(values)}.'
-                         f'{did_you_mean(unknown[0], values)}')
+        raise InputError(f'OVERRIDES has {unknown[0]!r}.{did_you_mean(unknown[0], values)} The settings are '
+                         f'{", ".join(values)}.')
     values |= more
     config = Config().override(**{name: values[name] for name in ('model_name', 'pretrained', 'image_size')})
     mine, sources = list_images(photos) if photos else None, data_sources(data)

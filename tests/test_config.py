@@ -243,13 +243,19 @@ def test_configurations_differ_in_what_changes_the_weights_alone():
     assert {name for name, value in vars(free).items() if value != getattr(Config(), name)} == NOT_TRAINED
 
 
-def test_a_notebook_shows_every_field_once_with_its_value():
-    config = Config(augmentation='cutout', pretrained='tag@<b>file')
-    html = config._repr_html_(columns=3)
-    rows = [re.findall(r'<td>(?:<b>)?(.*?)(?:</b>)?</td>', row) for row in re.findall(r'<tr>(.*?)</tr>', html)]
-    pairs = [(row[i], row[i + 1]) for i in (0, 2, 4) for row in rows if i < len(row)]
-    expected = [(name, str(value)) for name, value in dataclasses.asdict(config).items()]
-    assert [(name, unescape(value)) for name, value in pairs] == expected and '&lt;b&gt;file' in html
+def test_a_notebook_shows_what_differs_from_the_recipe_and_what_it_means():
+    config = Config(augmentation='cutout', pretrained='tag@<b>file', batch_size=4)
+    html = config._repr_html_()
+    rows = [[unescape(cell) for cell in re.findall(r'<td[^>]*>(.*?)</td>', row)] for row in re.findall(r'<tr>(.*?)</tr>', html)]
+    assert [row[:3] for row in rows[1:]] == [
+        ['pretrained', 'tag@<b>file', 'laion2b_s32b_b79k'], ['augmentation', 'cutout', 'none'], ['batch_size', '4', 'None']]
+    assert rows[2][3] == "the one thing in which a soup's ingredients differ" and '<b>' not in html
+    assert repr(config) == "Config(pretrained='tag@<b>file', augmentation='cutout', batch_size=4)" and eval(repr(config)) == config
+    assert repr(Config()) == 'Config()'
+
+
+def test_every_field_says_what_it_means():
+    assert [field.name for field in dataclasses.fields(Config) if len(field.metadata['meaning']) < 10] == []
 
 
 @pytest.mark.parametrize('first, second, alike', [

@@ -96,13 +96,12 @@ def runs(tmp_path_factory):
         chosen = frame['label'].isin(sorted(frame['label'].unique())[:40])
         frame[chosen].to_csv(world / f'small_{name}.csv', index=False)
     small = {name: str(world / f'small_{name}.csv') for name in ('train', 'query', 'index')}
-    shared = {'DEMO': True, 'OUT_DIR': str(folder), 'TRAIN': small['train'], 'QUERY': small['query'],
-              'INDEX': small['index']}
-    searched = shared | {'SELECTION': [str(world / f'small_selection_{part}.csv') for part in ('query', 'index')]}
-    training = searched | {'OVERRIDES': {'max_images': 6, 'workers': 0}}
+    selection = [str(world / f'small_selection_{part}.csv') for part in ('query', 'index')]
+    shared = {'DEMO': True, 'OUT_DIR': str(folder), 'DATA': small | {'selection': selection}}
+    training = shared | {'OVERRIDES': {'max_images': 6, 'workers': 0}}
     made = {name: run(name, folder, **training, AUGMENTATION='none') for name in NAMES[:2]}
     made['cutout'] = run('train_vit_h_224', folder, **training, AUGMENTATION='cutout')
-    made['soup'] = run('soup', folder, **searched)
+    made['soup'] = run('soup', folder, **shared)
     made['zero_shot_pca'] = run('zero_shot_pca', folder, **shared)
     return made, folder
 
@@ -213,9 +212,9 @@ def test_pytorch_1_11_gives_the_demos_submission_the_same_vectors_on_50_odd_imag
 def test_the_zero_shot_notebook_runs_on_data_of_ones_own(runs, tmp_path):
     world, names = Path(demo.sources()['train']).parent, demo.objects()['name'].head(100).tolist()
     (tmp_path / 'names.json').write_text(json.dumps({'things': names}))
-    small = {name.upper(): str(world / f'small_{name}.csv') for name in ('train', 'query', 'index')}
+    data = {name: str(world / f'small_{name}.csv') for name in ('train', 'query', 'index')}
     made = run('zero_shot_pca', tmp_path, DEMO=False, MODEL_NAME='local-dir:media/miniature', PRETRAINED='miniature',
-               IMAGE_SIZE=64, VOCABULARY=str(tmp_path / 'names.json'), OUT_DIR=str(tmp_path), **small)
+               OVERRIDES={'image_size': 64}, VOCABULARY=str(tmp_path / 'names.json'), OUT_DIR=str(tmp_path), DATA=data)
     said = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+), on 30 queries', text(made))
     assert said and float(said[1]) == pytest.approx(float(said[2]), abs=.1)
     assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 4
@@ -235,7 +234,7 @@ def pets(tmp_path_factory):
     for name, image in zip(('cat/1', 'cat/2', 'dog/1', 'dog/2'), images_of([(48, 64)] * 4)):
         (folder / 'pets' / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(folder / f'pets/{name}.jpg')
-    made = run('train_vit_h_224', folder, DEMO=True, TRAIN=str(folder / 'pets'), OUT_DIR=str(folder / 'runs'))
+    made = run('train_vit_h_224', folder, DEMO=True, DATA=str(folder / 'pets'), OUT_DIR=str(folder / 'runs'))
     return folder / 'pets', made, folder / 'runs'
 
 
@@ -256,25 +255,25 @@ def begin(name, **parameters):
         exec(cell.source, known)
         if 'parameters' in tags(cell):
             known |= parameters
-        if 'load_data' in cell.source:
+        if 'begin_run' in cell.source:
             return known
 
 
 @pytest.mark.parametrize('changes, sentence', [
     ({'SEED': 6}, 'vit_h_224_none_pets holds a run with another configuration (seed: 5, now 6)'),
-    ({'TRAIN': 'more', 'RUN': 'vit_h_224_none_pets'}, 'vit_h_224_none_pets holds a run on other images (hash'),
-    ({'TRAIN': '.'}, 'holds one class folder, pets, and in that are no images but folders of them: give'),
-    ({'TRAIN': 'pets/cat'}, 'holds 2 images and no class folders: give')])
+    ({'DATA': 'more', 'RUN': 'vit_h_224_none_pets'}, 'vit_h_224_none_pets holds a run on other images (hash'),
+    ({'DATA': '.'}, 'holds one class folder, pets, and in that are no images but folders of them: give'),
+    ({'DATA': 'pets/cat'}, 'holds 2 images and no class folders: give')])
 def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pets, tmp_path, changes, sentence):
     folder, _, runs = pets
     shutil.copytree(folder, tmp_path / 'pets')
     shutil.copytree(folder, tmp_path / 'more')
     shutil.copy(folder / 'cat/1.jpg', tmp_path / 'more/cat/3.jpg')
-    if changes.get('TRAIN') != 'more':
+    if changes.get('DATA') != 'more':
         shutil.rmtree(tmp_path / 'more')
-    train = str(Path(tmp_path, changes.get('TRAIN', 'pets')))
+    data = str(Path(tmp_path, changes.get('DATA', 'pets')))
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as error:
-        begin('train_vit_h_224', **{'DEMO': True, 'OUT_DIR': str(runs)} | changes | {'TRAIN': train})
+        begin('train_vit_h_224', **{'DEMO': True, 'OUT_DIR': str(runs)} | changes | {'DATA': data})
     assert is_one_sentence(error)
 
 
@@ -283,13 +282,13 @@ def test_soup_runs_on_an_ingredient_of_four_images_beside_one_of_other_data(pets
     shutil.copytree(runs, tmp_path / 'runs')
     mine = utilities.open_checkpoint(runs / 'vit_h_224_none_pets')
     save_state(mine, tmp_path / 'runs/vit_h_224_none/model.safetensors', mine.metadata | {'data': '"others, hash 123"'})
-    made = run('soup', tmp_path, DEMO=True, TRAIN=str(folder), OUT_DIR=str(tmp_path / 'runs'))
+    made = run('soup', tmp_path, DEMO=True, DATA=str(folder), OUT_DIR=str(tmp_path / 'runs'))
     assert 'vit_h_224_none was trained on other images' in text(made)
     assert set(pd.read_csv(tmp_path / 'runs/soup_scores.csv')['dim']) == {3}
     assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
 
 
 def test_the_zero_shot_notebook_runs_on_four_images(pets, tmp_path):
-    made = run('zero_shot_pca', tmp_path, DEMO=True, TRAIN=str(pets[0]), PHOTOS=str(pets[0]), OUT_DIR=str(tmp_path))
+    made = run('zero_shot_pca', tmp_path, DEMO=True, DATA=str(pets[0]), PHOTOS=str(pets[0]), OUT_DIR=str(tmp_path))
     assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
     assert pd.read_csv(tmp_path / 'zero_shot/scores.csv')['dim'].tolist() == [64]

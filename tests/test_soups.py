@@ -507,3 +507,13 @@ def test_ingredients_that_are_all_of_other_images_are_one_sentence(two_sets):
     with pytest.raises(ValueError, match='0-cars were not trained on the images of .*pets .12 images.* give') as error:
         data_of({'h': runs('cars')}, {'train': sets['pets']})
     assert is_one_sentence(error)
+
+
+def test_a_pretrained_tower_that_is_not_here_is_named_and_left_out(tmp_path, train, capsys):
+    run, = runs_of(tmp_path, [3])
+    here, absent = (StateEmbedder(checkpoint, {'train': train}) for checkpoint in (run, open_checkpoint(run)))
+    assert here.base['tower.proj'].shape == here.model.tower.proj.shape
+    absent.run.metadata['spec'] = absent.run.metadata['spec'].replace('media/miniature', 'media/nowhere')
+    assert absent.base is None
+    said = capsys.readouterr().out
+    assert f'{absent.run.name}: its pretrained weights are not here' in said and 'nowhere' in said
