@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from guie.errors import Diverged, FileError, InputError, MemoryFull, MissingError, ProcessError, Stopped
-from guie.files import reason_of
+from guie.files import OutputOfOthers, reason_of
 
 KINDS = Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError, KeyboardInterrupt
 ERRORS = {kind.__name__: kind for kind in KINDS}
@@ -134,13 +134,12 @@ def launch(module, folder, processes, *, stops=True):
 
 def print_output(file, child):
     """Prints what a running process writes into a file, until it ends."""
-    decoder, place, running = codecs.getincrementaldecoder('utf-8')('replace'), 0, True
+    decoder, place, running, shown = codecs.getincrementaldecoder('utf-8')('replace'), 0, True, OutputOfOthers()
     while running:
         running = child.poll() is None
         while block := os.pread(file.fileno(), 65_536, place):
             place += len(block)
-            sys.stdout.write(decoder.decode(block))
-            sys.stdout.flush()
+            shown.write(decoder.decode(block))
         time.sleep(.1 * running)
 
 

@@ -123,25 +123,66 @@ def did_you_mean(name, names):
     return f' Did you mean {" or ".join(by_case[found] for found in near)}?' if near else ''
 
 
-class NotebookBar(tqdm):
-    """tqdm as one output of a notebook's cell that is updated, so that a saved copy keeps one line, however long it ran."""
-    shown = None  # IPython's handle of that output
+class LiveLine:
+    """One output of a notebook's cell that is rewritten in place, so that a saved copy keeps its last text."""
 
-    def display(self, msg=None, pos=None):
-        """Shows the bar, or another text; tqdm calls it."""
+    def __init__(self):
+        self.shown = None  # IPython's handle of that output
+
+    def write(self, text):
         from IPython.display import display
-        text = {'text/plain': str(self) if msg is None else msg}
+        text = {'text/plain': text}
         if self.shown is None:
             self.shown = display(text, raw=True, display_id=True)
         else:
             self.shown.update(text, raw=True)
 
 
+class NotebookBar(tqdm):
+    """tqdm as one line of a notebook's cell, however long it ran."""
+    line = None
+
+    def display(self, msg=None, pos=None):
+        """Shows the bar, or another text; tqdm calls it."""
+        self.line = self.line or LiveLine()
+        self.line.write(str(self) if msg is None else msg)
+
+
+class OutputOfOthers:
+    """Prints what another process prints; in a notebook a line that it rewrites, as a bar, is one LiveLine."""
+
+    def __init__(self):
+        self.rest, self.live = '', None
+
+    def write(self, text):
+        if not in_notebook():
+            sys.stdout.write(text)
+            return sys.stdout.flush()
+        *lines, self.rest = (self.rest + text).split('\n')
+        for line in lines:
+            self.show(line)
+            self.live = None
+        if '\r' in self.rest:
+            self.show(self.rest)
+
+    def show(self, line):
+        if '\r' not in line and self.live is None:
+            return print(line)
+        texts = [text for text in line.split('\r') if text.strip()]
+        if texts:  # a bar that is not to stay is wiped with blanks
+            self.live = self.live or LiveLine()
+            self.live.write(texts[-1].rstrip())
+
+
+def in_notebook():
+    """Whether this process is a notebook's kernel."""
+    return 'IPython' in sys.modules and hasattr(sys.modules['IPython'].get_ipython(), 'kernel')
+
+
 def progress_bar(iterable=None, desc=None, **options):
     """tqdm; in a notebook one plain line, which stays. leave=False: there it stays too, but only work of two seconds or more
     shows a line at all, since an output cannot be taken back."""
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    if hasattr(shell, 'kernel'):
+    if in_notebook():
         delay = 0 if options.pop('leave', True) else 2
         return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, delay=delay, **options)
     return tqdm(iterable, desc, file=sys.stdout, mininterval=.5, **options)
