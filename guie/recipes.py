@@ -13,6 +13,8 @@ from guie.resume import refuse_other_config
 from guie.sources import data_name
 from guie.training import run_job, write_job
 
+KAGGLE_HOURS = 8.5  # of a session's 9; older notices say 12
+
 
 def halves(config, first, second):
     """Two stages that share the epochs of a configuration, at least one each."""
@@ -54,11 +56,19 @@ def stage_folders(config, run_dir):
             (run_dir, last)]
 
 
+def kaggle_limits(config, working='/kaggle/working'):
+    """The configuration; on Kaggle, where it has no max_hours, with 8.5, which end before the session does; prints that."""
+    if config.max_hours is not None or not Path(working).is_dir():
+        return config
+    print(f'Kaggle ends a session after 9 hours: the run stops after {KAGGLE_HOURS}, everything saved (max_hours).')
+    return replace(config, max_hours=KAGGLE_HOURS)
+
+
 def begin_run(config, tower, out_dir, *, run=None, recipe=None, train=None):
     """(configuration as the recipe says, folder of the run) of a training notebook, by its parameters.
     The folder's name is `run`, or the tower's, the augmentation, the recipe and the name of the data, if they are one's own
     (train). ValueError, before anything is loaded, if it holds a run with another configuration."""
-    config = follow_recipe(config, recipe)
+    config = kaggle_limits(follow_recipe(config, recipe))
     names = [tower, config.augmentation, recipe, data_name(train) if train else None]
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, names)))
     for folder, stage in stage_folders(config, run_dir):

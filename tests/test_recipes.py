@@ -15,7 +15,7 @@ from guie.distributed import launch
 from guie.embedding import embed
 from guie.errors import Stopped
 from guie.losses import adaptive_margins
-from guie.recipes import RECIPES, begin_run, follow_recipe
+from guie.recipes import RECIPES, begin_run, follow_recipe, kaggle_limits
 from guie.resume import read_position, saved_states
 from guie.splits import Splits
 from tests.runs import apart, is_one_sentence, new_model, same, weights, without_dropout
@@ -68,6 +68,23 @@ def test_a_run_with_other_settings_is_refused_where_its_folder_is_chosen(tmp_pat
     (there / file).unlink()
     (there / file).parent.rmdir() if 'state' in file else None
     begin_run(CONFIG.override(seed=6), 'vit_h_224', tmp_path, run='run', recipe=recipe)  # it had not begun
+
+
+@pytest.mark.parametrize('on_kaggle, given, expected', [
+    (True, None, 8.5), (True, 2, 2), (True, 0, 0), (False, None, None), (False, 2, 2)])
+def test_on_kaggle_a_run_stops_before_the_session_does_and_says_so(tmp_path, capsys, on_kaggle, given, expected):
+    working = tmp_path / 'working'
+    if on_kaggle:
+        working.mkdir()
+    config = kaggle_limits(CONFIG.replace({'max_hours': given}), working)
+    assert config == CONFIG.replace({'max_hours': expected})
+    assert ('the run stops after 8.5, everything saved (max_hours).' in capsys.readouterr().out) == (expected == 8.5)
+
+
+def test_a_run_begins_within_kaggles_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, 'kaggle_limits', lambda config: config.override(max_hours=3))
+    config, folder = begin_run(CONFIG, 'vit_h_224', tmp_path)
+    assert config == CONFIG.override(max_hours=3) and folder == tmp_path / 'vit_h_224_none'
 
 
 def test_an_unknown_recipe_names_those_there_are():
