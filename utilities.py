@@ -3,7 +3,9 @@
 A room is a file of guie/ that reads from top to bottom and imports from rooms above it alone:
 
     errors       what a user can mend, each one sentence
+    packages     what is missing is installed
     files        whole or no files, attached inputs, hashes
+    inputs       data that Kaggle and Colab fetch
     tables       DataFrames as tables to read
     distributed  one or several GPUs, and a stop that saves
     weights      files of anybody's weights, under our names
@@ -39,6 +41,7 @@ from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
 from guie.errors import Stopped
+from guie.files import scratch_folder
 from guie.images import AUGMENTATIONS, ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.memory import training_plan
@@ -67,6 +70,7 @@ from guie.training import fit, write_job
 
 __all__ = [
     'Stopped',
+    'scratch_folder',
     'table',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',

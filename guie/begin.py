@@ -1,4 +1,7 @@
 """Begin: a notebook's parameters become settings, data and folders; what will be done is printed before it starts."""
+from dataclasses import replace
+from pathlib import Path
+
 from guie.checkpoints import find_ingredients
 from guie.config import Config, read_overrides
 from guie.datasets import list_images
@@ -13,6 +16,7 @@ from guie.sources import data_sources
 from guie.splits import load_data
 
 SHARE = .5  # of a large matrix product's rate, which towers reached on two CPU cores and on an H200 alike
+KAGGLE_HOURS = 8.5  # of a session's 9; older notices say 12
 
 
 def data_in_words(splits):
@@ -38,16 +42,24 @@ def say_plan(splits, configs, *, training=False, passes=1):
     print(f'time:   {in_words(work / rate)} for the towers')
 
 
+def kaggle_limits(config, working='/kaggle/working'):
+    """The configuration; on Kaggle, where it has no max_hours, with 8.5, which end before the session does; prints that."""
+    if config.max_hours is not None or not Path(working).is_dir():
+        return config
+    print(f'Kaggle ends a session after 9 hours: the run stops after {KAGGLE_HOURS}, everything saved (max_hours).')
+    return replace(config, max_hours=KAGGLE_HOURS)
+
+
 def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
     """(configuration as the recipe says, splits, folder of the run) of a training notebook.
     data: as data_sources takes it. The folder's name is `run`, or the tower's, the augmentation, the recipe and the name of
     the data, if they are one's own. ValueError, before anything is loaded, if it holds a run with another configuration or
     of other images."""
-    config, sources = follow_recipe(config, recipe), data_sources(data)
+    config, sources = kaggle_limits(follow_recipe(config, recipe)), data_sources(data)
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
-    splits = load_data(**sources, config=config, run_dir=run_dir)
+    splits = load_data(**sources, config=config, download=True, run_dir=run_dir)
     say_plan(splits, {tower: config}, training=True, passes=2)
     print('result: ', run_dir)
     return config, splits, run_dir

@@ -137,7 +137,7 @@ class Config:
         if solution is None:
             return self
         if solution not in PUBLISHED:
-            raise InputError(f'REPRODUCE is {solution!r}; choose {", ".join(PUBLISHED)} or None.'
+            raise InputError(f'There is no published solution {solution!r}; choose {", ".join(PUBLISHED)} or None.'
                              f'{did_you_mean(solution, PUBLISHED)}')
         return replace(self, **PUBLISHED[solution][tower])
 

@@ -1,7 +1,7 @@
 """Data sets: a known set's name, a folder of class folders or a CSV becomes a table of path, label, domain."""
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape as glob_escape
 from glob import glob
@@ -12,6 +12,8 @@ import pandas as pd
 from guie.errors import InputError, MissingError
 from guie.files import ATTACHED, attached_folders, printable, user_path
 from guie.images import image_suffixes
+from guie.inputs import download as fetch
+from guie.inputs import way_to
 from guie.listing import contents_of, holds, only_images, say_passed, walk_images
 
 any_names = pd.option_context('mode.string_storage', 'python')  # pyarrow's texts refuse names that are not UTF-8
@@ -25,6 +27,7 @@ class ClassFolders:
     pattern: str   # regex over the whole path below the root, with a group `label` (and perhaps `domain`)
     example: str   # one image, for people
     unique_names: bool = False  # one file name, one image: parts of the set are copies of others
+    kaggle: str = ''  # Kaggle's dataset 'owner/name' or competition 'name' that holds it
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Listing:
     sep: str = ','
     skiprows: int = 0
     packed: bool = False    # one row lists all images of a class, separated by spaces
+    kaggle: str = ''        # as of ClassFolders
 
 
 CLASS_FOLDER, HEX_FOLDERS = r'(?P<label>[^/]+)/.+', r'\1/\2/\3/\g<0>.jpg'
@@ -46,18 +50,20 @@ LANDMARKS = Listing('landmark', 'train.csv', ('id',), 'landmark_id', ('train', '
 DEEPFASHION = {'folders': ('../Img', '..', 'Img', ''), 'sep': r'\s+', 'skiprows': 1}
 
 DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
-    'products-10k': Listing('packaged', 'train.csv', ('name',), 'class', ('train', 'train/train')),
+    'products-10k': Listing('packaged', 'train.csv', ('name',), 'class', ('train', 'train/train'), kaggle='products-10k'),
     'google-landmarks-v2': LANDMARKS,
     'google-landmarks-v2-clean': Listing(
         'landmark', 'train_clean.csv', ('images',), 'landmark_id', ('train', ''), HEX_FOLDERS, packed=True),
-    'landmark-recognition-2020': LANDMARKS,  # Kaggle's copy; it has no column url
+    'landmark-recognition-2020': replace(LANDMARKS, kaggle='landmark-recognition-2020'),  # it has no column url
     'stanford-online-products': Listing('furniture', 'Ebay_info.txt', ('path',), 'class_id', sep=' '),
-    'shopee': Listing('packaged', 'train.csv', ('image',), 'label_group', ('train_images',)),
+    'shopee': Listing('packaged', 'train.csv', ('image',), 'label_group', ('train_images',),
+                      kaggle='shopee-product-matching'),
     'met': Listing('artwork', 'MET_database.json', ('path',), 'id', ('', 'images', '../images', '..')),
     'deepfashion-in-shop': Listing('apparel', 'list_eval_partition.txt', ('image_name',), 'item_id', **DEEPFASHION),
     'deepfashion-consumer-to-shop': Listing(
         'apparel', 'list_eval_partition.txt', ('image_pair_name_1', 'image_pair_name_2'), 'item_id', **DEEPFASHION),
-    'food-101': ClassFolders('dishes', 'meta/classes.txt', f'images/{CLASS_FOLDER}', 'images/apple_pie/1.jpg'),
+    'food-101': ClassFolders('dishes', 'meta/classes.txt', f'images/{CLASS_FOLDER}', 'images/apple_pie/1.jpg',
+                             kaggle='dansbecker/food-101'),
     'rp2k': ClassFolders('packaged', 'all/train', f'all/(?:train|test)/{CLASS_FOLDER}', 'all/train/<class>/1.jpg'),
     'gpr1200': ClassFolders(
         'general', 'images/[0-9]*_*.jpg', r'images/(?P<label>\d+)_[^/]+', 'images/7_<name>.jpg'),
@@ -67,12 +73,15 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
         'nature', 'train*/[0-9]*_*_*_*', f'(?:train|train_mini|val)/{CLASS_FOLDER}', 'train/00000_<name>/<id>.jpg',
         unique_names=True),  # train_mini is a part of train
     'stanford-cars': ClassFolders(
-        'cars', 'train/Acura*', f'(?:train|test)/{CLASS_FOLDER}', 'train/Acura RL Sedan 2012/00249.jpg'),
+        'cars', 'train/Acura*', f'(?:train|test)/{CLASS_FOLDER}', 'train/Acura RL Sedan 2012/00249.jpg',
+        kaggle='jutrera/stanford-car-dataset-by-classes-folder'),
     'objectnet': ClassFolders(
         'household', 'mappings/folder_to_objectnet_label.json', f'images/{CLASS_FOLDER}', 'images/bench/<id>.png'),
     'h-and-m': ClassFolders(  # seven digits of product, three of colour
-        'apparel', 'articles.csv', r'images/\d+/(?P<label>\d{7})\d{3}\.jpg', 'images/010/0108775015.jpg'),
-    'guie-130k': ClassFolders('', 'storefronts', '(?P<label>(?P<domain>[^/]+))/.+', 'toys/<image>.jpg'),
+        'apparel', 'articles.csv', r'images/\d+/(?P<label>\d{7})\d{3}\.jpg', 'images/010/0108775015.jpg',
+        kaggle='h-and-m-personalized-fashion-recommendations'),
+    'guie-130k': ClassFolders('', 'storefronts', '(?P<label>(?P<domain>[^/]+))/.+', 'toys/<image>.jpg',
+                              kaggle='rhtsingh/130k-images-512x512-universal-image-embeddings'),
     'grocery-store': ClassFolders(
         'packaged', 'train/Fruit', '(?:train|val|test)/(?:[^/]+/)+(?P<label>[^/]+)/[^/]+',
         'train/Fruit/Avocado/Avocado_001.jpg'),
@@ -80,18 +89,20 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
 
 
 @any_names
-def read_dataset(name_or_path, root=None, *, search=ATTACHED):
+def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
     """Every labelled image of a data set: DataFrame of str columns `path` (absolute), `label`, `domain`.
     `name_or_path` is a folder of class folders (sorted by path), a CSV `path,label[,domain]` (in its own order, paths
-    relative to `root` or to the CSV's folder), or a key of DATASETS, looked for below `root`, else below `search`. Labels of
-    known sets carry the set's name ('products-10k/17'), so that splits can be concatenated. Without a column `domain` it is
-    the data folder's name. What walk_images would not list is passed over and counted in a printed line. Raises
-    FileNotFoundError for a data root laid out otherwise, ValueError for a label file that cannot be used."""
+    relative to `root` or to the CSV's folder), or a key of DATASETS, looked for below `root`, else below `search`, else,
+    with download, fetched as inputs.download says. Labels of known sets carry the set's name ('products-10k/17'), so that
+    splits can be concatenated. Without a column `domain` it is the data folder's name. What walk_images would not list is
+    passed over and counted in a printed line. Raises FileNotFoundError for a data root laid out otherwise, ValueError for a
+    label file that cannot be used."""
     name_or_path, root = user_path(name_or_path), root and user_path(root)
     name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
     if name in DATASETS:
         layout = DATASETS[name]
-        frame = read_known(name, layout, [os.path.abspath(place) for place in ([root] if root else search)])
+        places = [os.path.abspath(place) for place in ([root] if root else search)]
+        frame = read_known(name, layout, places, download and not root)
         frame = frame.assign(label=name + '/' + frame['label'])
     elif os.path.isdir(path):
         frame = read_folders(path, ClassFolders(os.path.basename(path), '', CLASS_FOLDER, '<class>/<image>.jpg'))
@@ -119,8 +130,9 @@ def dropped(frame, mask, source, what):
     return frame[~mask]
 
 
-def read_known(name, layout, places):
-    """A known set's table, from the first of the places, or of the folders below them, that holds it."""
+def read_known(name, layout, places, download=False):
+    """A known set's table, from the first of the places, or of the folders below them, that holds it; else, if so asked,
+    from what kagglehub fetches."""
     faults, listed = [], isinstance(layout, Listing)
     for folder in attached_folders(places):
         marks = glob(os.path.join(glob_escape(folder), layout.telltale))
@@ -131,10 +143,12 @@ def read_known(name, layout, places):
                 return read_listing(folder, layout)
         except (OSError, InputError) as error:  # another set's file of the same name, or a damaged copy
             faults.append(error)
+    if download and layout.kaggle and (fetched := fetch(layout.kaggle)):
+        return read_known(name, layout, [fetched])
     expected = f'the columns {", ".join((*layout.images, layout.label))}' if listed else f'images like {layout.example}'
     found = ' and '.join(map(contents_of, places)) + ''.join(f'; {str(fault).rstrip(".")}' for fault in faults[:1])
     raise MissingError(f'{name}: expected {layout.telltale} with {expected}, found {found}; '
-                       'give the folder of the data set as ROOT or root.') from (faults or [None])[0]
+                       f'{way_to(layout.kaggle)}.') from (faults or [None])[0]
 
 
 def read_folders(root, layout):
@@ -227,10 +241,10 @@ def locate(root, paths, folders, file):
         full = paths.map(lambda path: os.path.normpath(os.path.join(base + '/', path)))
         if len(outside := full[~full.str.startswith(base + '/')]):
             raise InputError(f'{file}: {outside.iloc[0]} leaves the data root {base}; give the folder '
-                             'that holds all images as ROOT or root.')
+                             'that holds all images as the root of DATA.')
     if len(lost) == len(sample):
         raise MissingError(f'{file}: expected {full.iloc[0]}, found {contents_of(root)}; give the folder '
-                           'that the paths start from as ROOT or root.')
+                           'that the paths start from as the root of DATA.')
     if lost:
         print(printable(f'{file}: {len(lost)} of {len(sample)} images looked at do not exist, the first is {lost[0]}'))
     return full

@@ -83,6 +83,14 @@ def attached_folders(places=ATTACHED, depth=6):
                  for name in sorted(next(os.walk(folder), ((), ()))[1])]
 
 
+def scratch_folder(out_dir, working='/kaggle/working', scratch='/tmp'):
+    """The folder for what a notebook compares and does not keep -> Path: on Kaggle, where all of /kaggle/working, about
+    20 GB, becomes the version's output, /tmp/<name of out_dir>; elsewhere out_dir itself."""
+    out_dir = user_path(out_dir)
+    on_kaggle = Path(working).is_dir() and Path(scratch).is_dir()
+    return Path(scratch, out_dir.absolute().name) if on_kaggle else out_dir
+
+
 def copy_to_kaggle_output(path, folder='/kaggle/working'):
     """On Kaggle, copies a submission to <folder>/submission.zip, where the competition looks for it; elsewhere nothing."""
     path, target = user_path(path), Path(folder, 'submission.zip')

@@ -36,7 +36,7 @@ def data_of(ingredients, sources):
             break
     else:
         raise InputError(f'{named(run.name for run in runs)} were not trained on the images of {sources["train"]} ({here}), '
-                         f'but {run.name} on {one}: give their data as TRAIN, or train on these.')
+                         f'but {run.name} on {one}: give their data as DATA, or train on these.')
     others = [id(run) for run, one in zip(runs, told) if other_images(one, here)]
     for run, one in zip(runs, told):
         if id(run) in others:

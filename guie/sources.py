@@ -94,7 +94,7 @@ def parts_of(source):
     whole = [name for name in parts if image_folders(os.path.join(folder, name))]
     flat, others = ([name for name in names if name not in rest] for names, rest in ((parts, whole), (inside, parts)))
     if whole and others:
-        raise InputError(f'{source} holds {named(whole)} with class folders in them beside {named(others)}: give as TRAIN a '
+        raise InputError(f'{source} holds {named(whole)} with class folders in them beside {named(others)}: give as DATA a '
                          f'list of the folders that are meant, as {[os.path.join(folder, name) for name in whole]}.')
     if not others and (flat or images_in(folder)):
         count = sum(images_in(os.path.join(folder, name)) for name in flat or ['.'])
@@ -129,17 +129,18 @@ def check_level(source, folder, inside):
     below = [name for top in inside for name in image_folders(os.path.join(folder, top))]
     if len(set(below)) > len(inside):
         raise InputError(f'{source} holds {len(inside):,} folders ({named(inside)}) that have no images but {len(below):,} '
-                         f'folders of them ({named(below)}): if these are the classes, give as TRAIN a list of the '
+                         f'folders of them ({named(below)}): if these are the classes, give as DATA a list of the '
                          f'{len(inside):,} folders; if they are not, a CSV with path,label.')
     if below:
         print(f'{source}: the classes are {named(inside)}; the {len(below):,} folders in them are not told apart.')
 
 
-def read_sources(sources, root=None):
+def read_sources(sources, root=None, download=False):
     """read_dataset of one or several sources as one table. Parts of one set, as pets/train and pets/val, are one domain, and
-    the images of a class that several of them have are joined; sets that share a class by chance are an error."""
+    the images of a class that several of them have are joined; sets that share a class by chance are an error. root,
+    download: as in read_dataset."""
     sources = [part for source in as_list(sources) for part in parts_of(source)]
-    frames = [read_dataset(source, root) for source in sources]
+    frames = [read_dataset(source, root, download=download) for source in sources]
     sets = [(os.path.dirname(os.path.abspath(source)), set_name(source)) for source in sources]
     for frame, source, one in zip(frames, sources, sets):
         if sets.count(one) > 1 and set(frame['domain']) == {os.path.basename(os.path.abspath(source))}:

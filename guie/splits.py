@@ -99,27 +99,28 @@ class Splits(dict):
                     for name, part in table.groupby('split', sort=False)})
 
 
-def load_data(train, query=None, index=None, selection=None, *, config, root=None, held_out=0.1, most_held_out=500,
-              name=None, run_dir=None):
+def load_data(train, query=None, index=None, selection=None, *, config, root=None, download=False, held_out=0.1,
+              most_held_out=500, name=None, run_dir=None):
     """The splits of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
     train: what read_dataset takes, or a list of such; a folder may hold train/ and val/. query, index: never-seen objects to
     report on; selection: a pair (query, index) to make choices on. What is not given is made of classes held out of the
     training data (`held_out` of them each, at most `most_held_out`): their images are dealt out in turn, one to the query,
     two to the index. Where these would be too few it is made of images of the trained classes, and that is printed. A
-    class that is both trained and searched is named: it is no never-seen object. root: as in read_dataset, for all. name: of
-    the data, for Splits.name; None: that of train. run_dir: ValueError if a run of other images is there."""
+    class that is both trained and searched is named: it is no never-seen object. root, download: as in read_dataset, for
+    all; no download in a notebook that submits. name: of the data, for Splits.name; None: that of train. run_dir: ValueError
+    if a run of other images is there."""
     train, selection = literal(train, list, tuple), literal(selection, list, tuple)
     pairs = {('query', 'index'): (query, index), SELECTION: selection or (None, None)}
     for names, pair in pairs.items():
         if (pair[0] is None) != (pair[1] is None):
             raise InputError(f'{names[0]} and {names[1]} belong together: give both, or neither to hold classes out.')
-    frame, missing = read_sources(train, root), [names for names, pair in pairs.items() if pair[0] is None]
+    frame, missing = read_sources(train, root, download), [names for names, pair in pairs.items() if pair[0] is None]
     counts = frame['label'].value_counts()
     if len(counts) < 2 or missing and counts.iloc[0] < 2:
         raise InputError(f'{named(as_list(train))} holds {len(frame):,} images of {len(counts):,} classes '
                          f'({named(counts.index)}), but training tells classes apart and scores find their images again: '
                          f'give a folder of at least 2 class folders with 2 images each.')
-    splits = Splits({name: read_sources(source, root) for names, pair in pairs.items() if names not in missing
+    splits = Splits({name: read_sources(source, root, download) for names, pair in pairs.items() if names not in missing
                      for name, source in zip(names, pair)})
     held, rest = hold_out_classes(frame, missing, held_out, most_held_out, config.data_seed)
     least = min(config.min_images, int((rest if held else frame)['label'].value_counts().iloc[1]))

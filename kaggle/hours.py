@@ -26,8 +26,9 @@ GPUS = {'hours on one T4': RATES['T4'], 'on two': 2 * RATES['T4']}
 
 
 @lru_cache
-def forward_flops(model_name, image_size):
-    """Floating point operations of the image tower for one image; a multiplication and an addition count as two."""
+def tower_of(model_name, image_size):
+    """(the image tower, its floating point operations for one image), on tensors without memory; a multiplication and an
+    addition count as two operations."""
     config = open_clip.get_model_config(model_name)
     spec = TowerSpec(model_name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
         'library': 'open_clip', 'embed_dim': config['embed_dim'], 'quick_gelu': False,
@@ -35,7 +36,17 @@ def forward_flops(model_name, image_size):
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         tower = build_tower(spec).train()
         tower(torch.zeros(1, 3, image_size, image_size))
-    return counter.get_total_flops()
+    return tower, counter.get_total_flops()
+
+
+def forward_flops(model_name, image_size):
+    """Floating point operations of the image tower for one image."""
+    return tower_of(model_name, image_size)[1]
+
+
+def parameters(model_name, image_size):
+    """How many numbers an image tower's weights are."""
+    return sum(weight.numel() for weight in tower_of(model_name, image_size)[0].parameters())
 
 
 def training_hours(model_name, image_size, rate):

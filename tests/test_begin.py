@@ -4,7 +4,8 @@ import re
 import pytest
 
 import demo
-from guie.begin import begin_run, begin_soups, begin_zero_shot, data_in_words
+from guie import begin
+from guie.begin import begin_run, begin_soups, begin_zero_shot, data_in_words, kaggle_limits
 from guie.checkpoints import save_run
 from guie.recipes import follow_recipe
 from guie.splits import Splits
@@ -88,3 +89,19 @@ def test_settings_of_the_zero_shot_notebook_are_changed_by_name(pets, tmp_path):
 def test_without_images_of_ones_own_the_zero_shot_notebook_searches_the_queries(pets, tmp_path):
     _, splits, mine, folder = begin_zero_shot(VALUES, str(pets), None)
     assert mine['path'].tolist() == splits['query']['path'].tolist() and str(folder) == 'runs/zero_shot/pets'
+
+
+@pytest.mark.parametrize('on_kaggle, given, expected', [
+    (True, None, 8.5), (True, 2, 2), (True, 0, 0), (False, None, None), (False, 2, 2)])
+def test_on_kaggle_a_run_stops_before_the_session_does_and_says_so(tmp_path, capsys, on_kaggle, given, expected):
+    working = tmp_path / 'working'
+    if on_kaggle:
+        working.mkdir()
+    config = kaggle_limits(CONFIG.replace({'max_hours': given}), working)
+    assert config == CONFIG.replace({'max_hours': expected})
+    assert ('the run stops after 8.5, everything saved (max_hours).' in capsys.readouterr().out) == (expected == 8.5)
+
+
+def test_a_run_begins_within_kaggles_limits(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr(begin, 'kaggle_limits', lambda config: config.override(max_hours=3))
+    assert begin_run(CONFIG, 'vit_h_224', str(pets), tmp_path)[0] == CONFIG.override(max_hours=3)

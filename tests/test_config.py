@@ -296,5 +296,5 @@ def test_the_notebooks_configurations_are_the_published_recipe(notebook, solutio
 
 
 def test_an_unknown_solution_is_one_sentence():
-    with pytest.raises(ValueError, match="REPRODUCE is 'place1'; choose place4 or None. Did you mean place4"):
+    with pytest.raises(ValueError, match="no published solution 'place1'; choose place4 or None. Did you mean place4"):
         Config().reproduce('place1', 'vit_h_224')

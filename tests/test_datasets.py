@@ -226,7 +226,7 @@ def test_another_layout_gives_a_sentence_with_what_was_expected_and_found(tmp_pa
         read_dataset(name, tmp_path)
     message = str(error.value)
     assert message.startswith(f'{name}: expected ') and 'found' in message and 'elsewhere, notes.txt' in message
-    assert '\n' not in message and message.endswith('root.')
+    assert '\n' not in message and message.endswith('give its folder as the root of DATA.')
 
 
 def test_an_absent_search_folder_is_named(tmp_path):

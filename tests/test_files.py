@@ -141,6 +141,20 @@ def test_kaggles_inputs_are_searched_unless_others_are_given():
     assert files.ATTACHED == ('/kaggle/input',) and next(files.attached_folders()) == '/kaggle/input'
 
 
+def test_on_kaggle_what_is_only_compared_lies_outside_of_the_output_and_elsewhere_with_the_rest(tmp_path, monkeypatch):
+    working, scratch = tmp_path / 'working', tmp_path / 'scratch'
+    place = lambda out_dir: files.scratch_folder(out_dir, working, scratch)
+    assert place('runs/pets') == Path('runs/pets')  # no such working folder: not on Kaggle
+    working.mkdir()
+    assert place(working / 'runs') == working / 'runs'  # nowhere to go
+    scratch.mkdir()
+    assert place(working / 'runs') == place(str(working / 'runs')) == scratch / 'runs'
+    monkeypatch.chdir(working)
+    assert place('runs/pets') == scratch / 'pets' and place('.') == scratch / 'working'
+    assert not list(scratch.iterdir())  # whoever writes makes it
+    assert files.scratch_folder(tmp_path) == tmp_path  # this machine is not Kaggle
+
+
 def test_a_submission_is_copied_to_where_kaggle_looks_for_it_and_nowhere_else(tmp_path, monkeypatch, capsys):
     made, working = tmp_path / 'submission.zip', tmp_path / 'working'
     made.write_bytes(b'new')

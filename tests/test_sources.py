@@ -49,9 +49,9 @@ def test_what_is_joined_and_what_is_left_out_is_printed(tmp_path, capsys):
     ({'pets/train/cat': 2, 'pets/val/cat': 3}, 'give {}/data/pets instead, which holds 2 folders (train, val).'),
     ({'pets/cat': 1, 'pets/dog': 1, 'cars/audi': 1, 'cars/bmw': 1, 'cars/kia': 1},
      '{}/data holds 2 folders (cars, pets) that have no images but 5 folders of them (audi, bmw, kia, cat and 1 more): if '
-     'these are the classes, give as TRAIN a list of the 2 folders; if they are not, a CSV with path,label.'),
+     'these are the classes, give as DATA a list of the 2 folders; if they are not, a CSV with path,label.'),
     ({'train/cat': 2, 'val/cat': 2, 'cow': 1},
-     '{}/data holds train, val with class folders in them beside cow: give as TRAIN a list of the folders that are meant, '
+     '{}/data holds train, val with class folders in them beside cow: give as DATA a list of the folders that are meant, '
      "as ['{}/data/train', '{}/data/val']."),
     ({'train': 2, 'val': 3}, '{}/data holds 5 images in train, val and no class folders: put the images of each class into '
                              'a folder of its own, or give a CSV with path,label.'),
