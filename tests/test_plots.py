@@ -1,4 +1,5 @@
 """Every figure shows what it is given."""
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -207,7 +208,7 @@ def test_a_basin_shows_the_cosines_of_each_tower_and_a_line_where_two_ingredient
     assert [(curve.get_label(), curve.get_ydata().tolist()) for curve in line.lines] == [('h', [0, .25, .5, .75, 1])]
 
 
-@pytest.mark.parametrize('names', [[f'h_{name}' for name in ('none', 'flip', 'autoaugment', *'abcde', FORMULA)], NAMES])
+@pytest.mark.parametrize('names', [[f'h_{name}' for name in ('autoaugment', 'happywhale', *'abcdef', FORMULA)], NAMES])
 def test_the_cosines_of_nine_ingredients_can_be_read(names, tmp_path):
     draws = np.random.default_rng(0).standard_normal((9, 4))
     for name, change in zip(names, draws):
@@ -243,8 +244,15 @@ def test_a_basin_has_no_empty_panel(tmp_path, capsys):
     runs = {'h': [open_checkpoint(tmp_path / 'h_none')]}
     plots.plot_basin(runs, {'h': {'tower.weight': torch.zeros(2)}}, {})
     assert [axis.get_title() for axis in plt.gcf().axes] == ['h: cosines']
+    save_state({'tower.weight': torch.zeros(2)}, tmp_path / 'h_flip/model.safetensors')
+    two = [*runs['h'], open_checkpoint(tmp_path / 'h_flip')]
+    plots.plot_basin({FORMULA: two}, {}, {FORMULA: SimpleNamespace(score=lambda state: state['tower.weight'][0])})
+    plt.gcf().draw_without_rendering()
+    axis, = plt.gcf().axes
+    assert axis.lines[0].get_ydata().tolist() == [1, .75, .5, .25, 0]
+    assert texts(axis.get_legend()) == [' ' + FORMULA.replace('$', r'\$')]
     plots.plot_basin(runs, {}, {})
-    assert 'neither two ingredients nor a pretrained tower' in capsys.readouterr().out and len(plt.get_fignums()) == 1
+    assert 'neither two ingredients nor a pretrained tower' in capsys.readouterr().out and len(plt.get_fignums()) == 2
 
 
 def test_wise_ft_has_a_star_where_the_selection_objects_choose(capsys):
