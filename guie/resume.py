@@ -24,6 +24,7 @@ from guie.files import ATTACHED, attached_folders, reason_of, write_text
 from guie.splits import other_images, refuse_other_data, trained_on
 
 BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
+LOGGED = ['step', 'loss', 'lr', 'images/s', 'selection']  # columns of log.csv
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a disk, mostly a network's, says of locks
 OF_THE_DISK = re.compile('StreamWriter|inline_container|unexpected pos|open file failed|cannot be opened|Parent directory')
 
@@ -84,19 +85,21 @@ def run_lock(run_dir):
 
 
 class RunLog:
-    """log.csv: step, loss, lr, images/s, one row an optimiser step; rows after the restored step are dropped.
+    """log.csv: step, loss, lr, images/s, selection (mP@5, empty where it was not scored), one row an optimiser step; rows
+    after the restored step are dropped.
     Rows that a full disk refuses wait for the next step: a log is no reason to stop a run."""
 
     def __init__(self, run, restored):
         self.path, self.last, self.waiting = run.folder / 'log.csv', time.time(), ''
         there = restored and self.path.exists()
-        kept = pd.read_csv(self.path).query(f'step <= {run.progress.step}').to_csv(index=False) if there else ''
-        write_text(self.path, kept or 'step,loss,lr,images/s\n')
+        rows = pd.read_csv(self.path).query(f'step <= {run.progress.step}') if there else pd.DataFrame()
+        write_text(self.path, rows.reindex(columns=LOGGED).to_csv(index=False))  # an earlier version's had no selection
 
-    def add(self, step, loss, lr, images):
+    def add(self, step, loss, lr, images, selection=None):
         """Appends a row."""
         now, size = time.time(), self.path.stat().st_size
-        self.waiting += f'{step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f}\n'
+        score = '' if selection is None else f'{selection:.6f}'
+        self.waiting += f'{step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f},{score}\n'
         self.last = now
         try:
             with self.path.open('a') as file:

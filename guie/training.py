@@ -34,11 +34,11 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     """Fine-tunes the Embedder on the labelled images by ArcFace and writes the run.
     model: Embedder with a SubcenterHead of as many classes as `train` (DataFrame path, label) has; trained in place.
     run_dir: resumed from the state found there, or from the one that a run of the same name and configuration left below a
-    folder of `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps; the best weights
-    are then what the run keeps, else the last ones. epoch: number of the first. started: when config.max_hours begin; None
-    is now. Writes model.safetensors, config.json, log.csv, state/, and at need unreadable.txt, not_finite.txt. Stopped:
-    config.max_hours are over, or it is interrupted. ValueError: data and head disagree. FloatingPointError: the loss stays
-    NaN. OSError: too many broken images, or a disk that does not write."""
+    folder of `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps and at the end;
+    the best weights are then what the run keeps, else the last ones. epoch: number of the first. started: when
+    config.max_hours begin; None is now. Writes model.safetensors, config.json, log.csv, state/, and at need unreadable.txt,
+    not_finite.txt. Stopped: config.max_hours are over, or it is interrupted. ValueError: data and head disagree.
+    FloatingPointError: the loss stays NaN. OSError: too many broken images, or a disk that does not write."""
     started = started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
@@ -78,12 +78,11 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
                     progress.step, progress.used = progress.step + 1, progress.used + images
                     if len(train) - progress.used < images:
                         progress.epoch, progress.used = progress.epoch + 1, 0
-                    if run.main:
-                        log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images)
                     bar.update()
                     bar.set_postfix(loss=f'{loss:.3f}')
-                    if validate and config.validate_every and progress.step % config.validate_every == 0:
-                        validate_and_save_best(run, validate)
+                    score = score_when_due(run, validate, steps)
+                    if run.main:
+                        log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images, score)
                     save_when_due(run, dataset, steps, started, bool(pressed))
         finish(run, validate, write_unreadable(run, gather_object(dataset.unreadable)))
         if run.saved[0] < progress.step:
@@ -187,8 +186,14 @@ def save_when_due(run, dataset, steps, started, pressed):
                       f'again to resume.')
 
 
+def score_when_due(run, validate, steps):
+    """validate_and_save_best every config.validate_every steps and after the last; else None."""
+    every, step = run.config.validate_every, run.progress.step
+    return validate_and_save_best(run, validate) if validate and every and (step % every == 0 or step == steps) else None
+
+
 def validate_and_save_best(run, validate):
-    """Scores the model on selection data, all processes together, and writes it if it is the best so far."""
+    """Scores the model on selection data, all processes together, and writes it if it is the best so far -> the score."""
     run.model.eval()
     score = torch.tensor(float(validate(run.model)), device=run.accelerator.device)
     run.model.train()
@@ -197,6 +202,7 @@ def validate_and_save_best(run, validate):
         save_weights(run, BEST, score=score, step=run.progress.step)
     run.accelerator.print(f'step {run.progress.step}: selection mP@5 {score:.3f}')
     run.progress.best = max(run.progress.best, score)
+    return score
 
 
 def save_weights(run, file='model.safetensors', **facts):
@@ -209,9 +215,8 @@ def save_weights(run, file='model.safetensors', **facts):
 
 def finish(run, validate, unreadable):
     """The end of a run: its weights if none better are kept, their hash, and what could not be read."""
-    best, final, every = run.folder / BEST, run.folder / 'model.safetensors', run.config.validate_every
-    scored = bool(validate and every)
-    if scored and (not run.progress.step or run.progress.step % every):
+    best, final, scored = run.folder / BEST, run.folder / 'model.safetensors', validate and run.config.validate_every
+    if scored and not run.progress.step:
         validate_and_save_best(run, validate)
     if scored and run.main and best.exists():
         best.replace(final)

@@ -267,6 +267,22 @@ def test_a_run_that_was_stopped_is_no_ingredient_yet_and_what_it_found_best_come
     assert json.loads(open_checkpoint(tmp_path / 'h_run').metadata['step']) == 2 and not (tmp_path / 'h_run' / BEST).exists()
 
 
+@pytest.mark.parametrize('old', [False, True])
+def test_the_scores_of_a_run_come_along_in_its_log_and_an_older_log_gets_a_column_for_them(train, tmp_path, old):
+    scores, file = iter([.5, .9, .3, .1]), tmp_path / 'run/log.csv'
+    config = CONFIG.override(epochs=1, validate_every=1, max_hours=0)
+    with pytest.raises(Stopped):
+        fit(config, small_model(), train, tmp_path / 'run', lambda model: next(scores))
+    if old:
+        pd.read_csv(file).drop(columns='selection').to_csv(file, index=False)
+    first = pd.read_csv(file)
+    fit(config.override(max_hours=1.), small_model(), train, tmp_path / 'run', lambda model: next(scores))
+    log = pd.read_csv(file)
+    assert log.columns.tolist() == ['step', 'loss', 'lr', 'images/s', 'selection'] and log['step'].tolist() == [1, 2, 3, 4]
+    assert log['selection'].fillna(0).tolist() == [0 if old else .5, .9, .3, .1]
+    assert log['loss'][0] == first['loss'][0] and log['images/s'].notna().all()
+
+
 def test_a_state_is_saved_at_the_end_of_each_epoch_and_when_it_is_due(train, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(training, 'save_checkpoint', lambda run, required=False: saved.append(
@@ -412,7 +428,7 @@ def test_a_disk_too_full_for_the_log_does_not_stop_the_run_and_no_row_is_lost(
         60 if step == 2 else resource.RLIM_INFINITY))
     fit(SAVING, small_model(), frame, tmp_path / 'run')
     log = pd.read_csv(tmp_path / 'run/log.csv')
-    assert log['step'].tolist() == [1, 2, 3, 4] and log.notna().all(axis=None)
+    assert log['step'].tolist() == [1, 2, 3, 4] and log.drop(columns='selection').notna().all(axis=None)
     assert 'unreadable.txt could not be written (File too large): free some space' in capsys.readouterr().out
     assert (tmp_path / 'run/unreadable.txt').read_text().splitlines() == paths
     assert not list((tmp_path / 'run').glob('.part*'))

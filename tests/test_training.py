@@ -50,7 +50,8 @@ def test_a_run_writes_its_artifacts_and_loads_again(train, tmp_path):
     fit(CONFIG, fitted, train, tmp_path / 'run')
     assert {path.name for path in (tmp_path / 'run').iterdir()} >= {'model.safetensors', 'config.json', 'log.csv', 'state'}
     log = pd.read_csv(tmp_path / 'run/log.csv')
-    assert list(log.columns) == ['step', 'loss', 'lr', 'images/s'] and log['step'].tolist() == list(range(1, 13))
+    assert list(log.columns) == ['step', 'loss', 'lr', 'images/s', 'selection'] and log['selection'].isna().all()
+    assert log['step'].tolist() == list(range(1, 13))
     assert log['loss'].iloc[-4:].mean() < log['loss'].iloc[:4].mean()
     assert Config.load(tmp_path / 'run/config.json') == CONFIG.override(checkpoint_activations=False)  # as it was run
     model = load_run(tmp_path / 'run')
@@ -88,6 +89,18 @@ def test_the_best_weights_on_selection_data_are_kept(train, tmp_path, monkeypatc
     assert modes == [True, True, False] * 6  # dropout in every step, in no score; the last step is scored once
     metadata = open_checkpoint(tmp_path / 'run/model.safetensors').metadata
     assert json.loads(metadata['step']) == 4 and json.loads(metadata['score']) == pytest.approx(.9)
+    log = pd.read_csv(tmp_path / 'run/log.csv', index_col='step')['selection'].dropna()
+    assert log.to_dict() == pytest.approx({2: .1, 4: .9, 6: .3, 8: .2, 10: .1, 12: .1})
+
+
+def test_the_last_step_is_scored_too_once_and_logged(train, tmp_path, capsys):
+    scores, config = iter([.1, .2, .3]), CONFIG.override(validate_every=5)
+    for _ in range(2):  # a finished run is not scored again
+        fit(config, small_model(), train, tmp_path / 'run', lambda model: next(scores))
+    log = pd.read_csv(tmp_path / 'run/log.csv', index_col='step')['selection']
+    assert log.dropna().to_dict() == pytest.approx({5: .1, 10: .2, 12: .3}) and len(log) == 12
+    assert json.loads(open_checkpoint(tmp_path / 'run').metadata['step']) == 12
+    assert capsys.readouterr().out.count('step 12: selection mP@5 0.300') == 1
 
 
 def test_every_run_in_a_kernel_has_the_precision_of_its_own_configuration(train, tmp_path, monkeypatch):
