@@ -41,7 +41,8 @@ def draw_cells(rows, size, meaning, together=1):
     images = read_images([cell.path for cell in cells if cell.path is not None], size)
     beside = all(columns_of(f'{cell.name} · 0.00') <= WIDTH for cell in cells)
     texts = [[text_below(cell, beside) for cell in row] for row in rows]
-    legend = [Patch(color=colour, label=says) for colour, says in meaning.items() if colour in {cell.colour for cell in cells}]
+    colours = {cell.colour for cell in cells}
+    legend = [Patch(color=colour, label=says) for colour, says in meaning.items() if colour in colours]
     top = GAP + .25 * bool(legend) + .22 * any(cell.above for cell in cells)
     left = GAP + (.25 if any(cell.left for cell in cells if cell.column == 0) else 0)
     width = max(left + (SIDE + GAP) * (1 + max(cell.column for cell in cells)), 6 * bool(legend))
@@ -89,17 +90,17 @@ def note_unreadable(images, shown):
     """Paths of an ImageDataset that could not be read, their number and the first printed; OSError if none could."""
     bad, paths = {*images.unreadable}, {images.paths[i] for i in shown}
     if bad >= paths:
-        raise FileError(printable(f'None of the {len(paths)} images of this figure can be read, first {min(paths)}: check the '
-                                  f'data folder.'))
+        raise FileError(printable(f'None of the {len(paths)} images of this figure can be read, first {min(paths)}: check '
+                                  f'the data folder.'))
     if bad:
-        print(printable(f'{len(bad)} images of this figure could not be read, first {min(bad)}; they are shown black, with a '
-                        f'cross.'))
+        print(printable(f'{len(bad)} images of this figure could not be read, first {min(bad)}; they are shown black, with '
+                        f'a cross.'))
     return bad
 
 
 def show_image(axis, image, readable=True, colour=None):
     """An image (3, s, s) without ticks, in a coloured frame if given; one that could not be read has a cross."""
-    axis.imshow(image.permute(1, 2, 0))
+    axis.imshow(image.permute(1, 2, 0).numpy())
     if not readable:
         write(axis, .5, .5, '×', color='white', fontsize=24)
     axis.set(xticks=[], yticks=[])
@@ -116,8 +117,8 @@ def name_of(label):
 
 
 def columns_of(text):
-    """How wide a text is, in characters; Chinese ones and emoji are two wide."""
-    return sum(1 + (east_asian_width(letter) in 'WF') for letter in text)
+    """How wide a text is, in characters; Chinese ones, emoji and the broadest letters are two wide."""
+    return sum(1 + (east_asian_width(letter) in 'WF' or letter in 'MWm@%') for letter in text)
 
 
 def shortened(name, most):
@@ -135,8 +136,9 @@ def wrapped(name, width=WIDTH):
     if columns_of(name) <= width:
         return name
     halves = [(name[:cut].strip(), name[cut:].strip()) for cut in range(1, len(name)) if name[cut - 1] in ' -_/.…']
-    halves = [pair for pair in halves if max(map(columns_of, pair)) <= width] or [(name[:len(name) // 2], name[len(name) // 2:])]
-    return '\n'.join(min(halves, key=lambda pair: max(map(columns_of, pair))))
+    middle = name[:len(name) // 2], name[len(name) // 2:]
+    fitting = [pair for pair in halves if max(map(columns_of, pair)) <= width]
+    return '\n'.join(min(fitting, key=lambda pair: max(map(columns_of, pair)), default=middle))
 
 
 class QuietText(Text):
@@ -164,7 +166,7 @@ def no_warnings():
 def write(axis, x, y, text, *, ha='center', va='center', fontsize=10, **style):
     """A text at a place of an axis, 0…1 each, in the first fonts here that have its letters; no text: nothing."""
     if text:
-        here = {font.name for font in font_manager.fontManager.ttflist}
+        here = set(font_manager.get_font_names())  # matplotlib logs a warning of every other
         family = [*rcParams['font.family'], *(font for font in OTHER_SCRIPTS if font in here)]
         axis.add_artist(QuietText(x, y, text, ha=ha, va=va, fontsize=fontsize, family=family, parse_math=False,
                                   transform=axis.transAxes, clip_on=False, **style))

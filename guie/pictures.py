@@ -48,8 +48,8 @@ def show_objects(splits, *, count=8, size=96, seed=5):
 
 def show_neighbours(splits, vectors, projection=None, *, exclude_self=False, size=96, rows=6, seed=5):
     """Queries (left) and their five nearest images, each with its name and Euclidean distance, framed green where the object
-    is the same, else red; but grey where the index holds no more images of it. Half of the rows show queries that found
-    everything, half others, as far as there are both.
+    is the same, else red; but grey where the index holds no more images of it, and not at all where all labels are the same.
+    Half of the rows show queries that found everything, half others, as far as there are both.
     splits, vectors: 'query' and 'index' of each, tables path, label and arrays (n, d). projection: a map (n, d) -> (n, dim)
     that the vectors are brought through first. exclude_self: query i is index i, and names are those of the files, not the
     labels. An image that cannot be read is a marked black one, and named. ValueError: numbers that do not fit."""
@@ -65,8 +65,8 @@ def show_neighbours(splits, vectors, projection=None, *, exclude_self=False, siz
 def compare_neighbours(splits, models, *, size=96, queries=4, seed=5):
     """The same queries (left) in several models: for each query one row a model of its five nearest images, with names,
     distances and frames as show_neighbours draws them. models: {title: vectors} or {title: (vectors, projection)}, each as
-    for show_neighbours; their widths may differ. The seed alone chooses the queries: of those, if any, whose object is in the
-    index, since only they count in mP@5."""
+    for show_neighbours; their widths may differ. The seed alone chooses the queries: of those, if any, whose object is in
+    the index, since only they count in mP@5."""
     known = np.flatnonzero(splits['query']['label'].isin(splits['index']['label']))
     chosen = np.random.default_rng(seed).permutation(known if len(known) else len(splits['query']))[:queries]
     found = {title: find_five(splits, model, chosen) for title, model in models.items()}
@@ -115,6 +115,8 @@ def find_five(splits, model, queries, exclude_self=False):
     (query, index), labels = points_of(splits, model), splits['query']['label'].iloc[queries]
     near = min(5, len(index) - exclude_self)
     distances, places = nearest_neighbours(query[queries], index, near, exclude=queries if exclude_self else None)
+    if len({*splits['query']['label'], *splits['index']['label']}) == 1:
+        return Five(distances, places, np.full(places.shape, ''))
     right = splits['index']['label'].to_numpy()[places] == labels.to_numpy()[:, None]
     there = labels.map(splits['index']['label'].value_counts()).fillna(0).to_numpy() - exclude_self
     return Five(distances, places, np.select([right, np.arange(near) < there[:, None]], [RIGHT, WRONG], NO_MORE))
@@ -126,6 +128,7 @@ def points_of(splits, model):
     vectors, projection = model if isinstance(model, tuple) else (model, None)
     for part in ('query', 'index'):
         if len(vectors[part]) != len(splits[part]):
-            raise InputError(f'{part} has {len(splits[part]):,} images but {len(vectors[part]):,} vectors: embed these images.')
+            raise InputError(f'{part} has {len(splits[part]):,} images but {len(vectors[part]):,} vectors: embed these '
+                             f'images.')
     points = [vectors[part] for part in ('query', 'index')]
     return points if projection is None else [l2_normalise(projection(part)) for part in points]

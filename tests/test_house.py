@@ -8,9 +8,10 @@ import pytest
 import utilities
 
 ROOT = Path(__file__).resolve().parent.parent
+# a room imports from rooms before it
 ORDER = ['errors', 'files', 'distributed', 'weights', 'images', 'listing', 'config', 'datasets', 'sources', 'splits',
          'losses', 'projection', 'retrieval', 'towers', 'text', 'model', 'checkpoints', 'embedding', 'memory', 'sharding',
-         'resume', 'training', 'recipes', 'soups', 'submission', 'pictures', 'plots']  # a room imports from rooms before it
+         'resume', 'training', 'recipes', 'soups', 'submission', 'cells', 'pictures', 'maps', 'plots']
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 
