@@ -31,7 +31,9 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     soups        averages of weights
     begin        a notebook's parameters to settings, data and folders
     submission   the file for PyTorch 1.11, and its replay
-    pictures     images and their neighbours
+    cells        images with frames and names in a figure
+    pictures     what is searched, and queries beside their neighbours
+    maps         how alike vectors are, and images on a plane
     plots        curves and bars
 
 sharding and resume, used by training, stand between memory and training."""
@@ -40,13 +42,13 @@ from guie.checkpoints import find_ingredients, list_runs, load_run, open_checkpo
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
-from guie.errors import Stopped
 from guie.files import scratch_folder
 from guie.images import AUGMENTATIONS, ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
+from guie.maps import plot_similarities, show_map
 from guie.memory import training_plan
 from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups, resize
-from guie.pictures import show_augmentation, show_neighbours
+from guie.pictures import compare_neighbours, show_augmentation, show_neighbours, show_objects
 from guie.plots import (
     plot_basin,
     plot_dimensions,
@@ -56,28 +58,27 @@ from guie.plots import (
     plot_variance,
     plot_wise,
 )
-from guie.projection import Projection, concatenate, fit_pca, l2_normalise, project, random_projection
+from guie.projection import concatenate, fit_pca, l2_normalise, project, random_projection
 from guie.recipes import RECIPES, follow_recipe, train
 from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
 from guie.scores import gain_table, paired_bootstrap, save_scores, score_table, scores_by_domain
 from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
-from guie.splits import Splits, load_data, select_classes
+from guie.splits import load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
 from guie.tables import table
 from guie.text import load_text_tower, read_vocabulary, text_vectors
 from guie.towers import TowerSpec, load_image_tower
-from guie.training import fit, write_job
+from guie.training import fit
 
 __all__ = [
-    'Stopped',
     'scratch_folder',
     'table',
     'AUGMENTATIONS', 'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',
-    'Splits', 'load_data', 'select_classes',
+    'load_data', 'select_classes',
     'adaptive_margins', 'arcface_loss',
-    'Projection', 'concatenate', 'fit_pca', 'l2_normalise', 'project', 'random_projection',
+    'concatenate', 'fit_pca', 'l2_normalise', 'project', 'random_projection',
     'mean_precision_at_5', 'nearest_neighbours', 'precision_at_5',
     'gain_table', 'paired_bootstrap', 'save_scores', 'score_table', 'scores_by_domain',
     'TowerSpec', 'load_image_tower',
@@ -86,11 +87,12 @@ __all__ = [
     'find_ingredients', 'list_runs', 'load_run', 'open_checkpoint', 'save_run',
     'embed', 'embed_all',
     'training_plan',
-    'fit', 'write_job',
+    'fit',
     'RECIPES', 'follow_recipe', 'train',
     'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
     'begin_run', 'begin_soups', 'begin_zero_shot',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
-    'show_augmentation', 'show_neighbours',
+    'compare_neighbours', 'show_augmentation', 'show_neighbours', 'show_objects',
+    'plot_similarities', 'show_map',
     'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
 ]

@@ -27,7 +27,7 @@ import timing  # noqa: E402
 
 import demo  # noqa: E402
 import utilities  # noqa: E402
-from guie import checkpoints, embedding, files, images, resume, training  # noqa: E402
+from guie import checkpoints, embedding, files, images, resume, splits, training  # noqa: E402
 
 STARTUP = '''
 import sys
@@ -40,7 +40,7 @@ get_ipython().events.register('post_run_cell', lambda result: clock.write({file!
 
 
 PARTS = {  # functions whose time is not the rest, beside the tower's that they call
-    'images': [images.read_pixels, utilities.ImageDataset.__getitem__, utilities.Splits.table, utilities.load_data],
+    'images': [images.read_pixels, utilities.ImageDataset.__getitem__, splits.Splits.table, utilities.load_data],
     'head, loss, optimiser': [training.optimiser_step],
     'files': [files.state_hash, checkpoints.save_state, utilities.load_run, embedding.save_vectors, resume.save_checkpoint,
               training.save_weights, utilities.average_states],
@@ -127,7 +127,7 @@ class WatchedFile:
 def put_in_place(function, watched):
     """Gives the watched form to whoever calls the function by a name of its own: the rooms, the front door, its class."""
     rooms = [module for name, module in sys.modules.items() if name.startswith('guie.')]
-    for owner in (utilities, *rooms, pylabtools, Figure, utilities.ImageDataset, utilities.Splits):
+    for owner in (utilities, *rooms, pylabtools, Figure, utilities.ImageDataset, splits.Splits):
         for name in [name for name, value in vars(owner).items() if value is function]:
             setattr(owner, name, watched)
 

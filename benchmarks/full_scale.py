@@ -32,6 +32,7 @@ import timing  # noqa: E402
 
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
+from guie.errors import Stopped  # noqa: E402
 
 TOWERS = {'ViT-H-14': (224, ((10, 1.25e-6), (20, 2.5e-6), (26, 5e-6), (32, 1e-5))),
           'ViT-L-14': (336, ((8, 1.25e-6), (16, 2.5e-6), (20, 5e-6), (24, 1e-5)))}
@@ -60,7 +61,7 @@ def step(folder, config, kept):
     train = frame.iloc[np.arange(CLASSES) % len(frame)].assign(label=[f'{i:05d}' for i in range(CLASSES)])
     tower = utilities.load_image_tower(config.model_name, config.pretrained, config.image_size)
     model = utilities.Embedder(tower, utilities.SubcenterHead(tower.spec.width, CLASSES))
-    with suppress(utilities.Stopped):
+    with suppress(Stopped):
         utilities.fit(config, model, train, folder / 'run', search=())
     log = pd.read_csv(folder / 'run' / 'log.csv')
     if not np.isfinite(log['loss']).all():

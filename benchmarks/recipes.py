@@ -33,6 +33,7 @@ import own_images  # noqa: E402
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
 from guie.files import write_text  # noqa: E402
+from guie.splits import Splits  # noqa: E402
 
 WORLDS = {'emoji': ('emoji', 'miniature'), 'miniature': ('own images', 'miniature'),
           'efficientnet': ('own images', 'efficientnet'), 'both': ('emoji and own images', 'miniature')}
@@ -58,7 +59,7 @@ def load_world(world, folder, config):
     sources = {'emoji': demo.sources(), 'own images': folder and {
         name: str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}}
     worlds = {name: utilities.load_data(**sources[name], config=config) for name in world.split(' and ')}
-    return utilities.Splits({
+    return Splits({
         part: pd.concat([splits[part].assign(domain=name) for name, splits in worlds.items()], ignore_index=True)
         for part in worlds[world.split(' and ')[0]]})
 
