@@ -125,6 +125,7 @@ def on_plane(points, seed):
     """float (n, d) -> (n, 2), both columns from 0 to 1."""
     from sklearn.manifold import TSNE  # which takes a second, whatever is imported from here
 
+    points = points - points[0]  # equal ones become 0
     points = points - points.mean(0)
     if len(np.unique(points, axis=0)) < 10 or points.shape[1] < 2:
         left, scale, _ = np.linalg.svd(points, full_matrices=False)
