@@ -118,7 +118,7 @@ def name_of(label):
 
 def columns_of(text):
     """How wide a text is, in characters; Chinese ones, emoji and the broadest letters are two wide."""
-    return sum(1 + (east_asian_width(letter) in 'WF' or letter in 'MWm@%') for letter in text)
+    return sum(1 + (east_asian_width(letter) in 'WF' or letter in 'MW@%') for letter in text)
 
 
 def shortened(name, most):

@@ -29,7 +29,7 @@ def plot_similarities(splits, models, *, pairs=200_000, seed=5):
     found = {title: similarities(points_of(splits, model), kinds) for title, model in models.items()}
     lowest = min(values.min() for both in found.values() for values in both)
     bins = np.linspace(min(lowest, .9), 1.0001, 41)  # float32 cosines exceed 1
-    figure, axes = plt.subplots(len(found), figsize=(6, 2.1 * len(found) + .5), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(found), figsize=(6.9, 2.1 * len(found) + .5), sharex=True, squeeze=False)
     for axis, (title, (same, different)) in zip(axes[:, 0], found.items()):
         for values, words, colour in ((different, 'different objects', 'tab:red'), (same, 'the same object', 'tab:green')):
             axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colour, alpha=.55, label=words)
@@ -124,13 +124,17 @@ def sample_images(splits, most, rng):
 def on_plane(points, seed):
     """float (n, d) -> (n, 2), both columns from 0 to 1."""
     from sklearn.manifold import TSNE  # which takes a second, whatever is imported from here
+    from threadpoolctl import threadpool_limits
 
+    points = points - points[0]  # equal ones become 0
     points = points - points.mean(0)
     if len(np.unique(points, axis=0)) < 10 or points.shape[1] < 2:
         left, scale, _ = np.linalg.svd(points, full_matrices=False)
         plane = np.pad(left * scale, ((0, 0), (0, 2)))[:, :2]
     else:
-        plane = TSNE(perplexity=min(30, len(points) / 4), init='pca', max_iter=500, random_state=seed).fit_transform(points)
+        tsne = TSNE(perplexity=min(30, len(points) / 4), init='pca', max_iter=500, random_state=seed)
+        with threadpool_limits(1):  # several wait for each other: three times as long on busy cores
+            plane = tsne.fit_transform(points)
     plane = plane - plane.min(0)
     spread = plane.max(0)
     return np.where(spread > 0, plane / np.where(spread > 0, spread, 1), .5)
