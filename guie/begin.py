@@ -27,19 +27,19 @@ def data_in_words(splits):
             f'{len(query):,} queries of {query["label"].nunique():,} objects among {len(index):,} images')
 
 
-def say_plan(splits, configs, *, training=False, passes=1):
-    """Prints data, towers, device and the time expected. configs: {tower's name: Config}. training: the runs are trained.
-    passes: how often each tower embeds all images that are no training images, and the PCA's sample."""
-    print('data:  ', data_in_words(splits))
+def say_plan(splits, configs, folder, *, training=False, passes=1):
+    """Prints data, towers, device, the time expected and the folder of the results. configs: {tower's name: Config}.
+    training: the runs are trained. passes: how often each tower embeds all images that are not trained on, and the PCA's
+    sample."""
+    lines = [f'data:   {data_in_words(splits)}']
     searched, work = sum(len(frame) for name, frame in splits.items() if name != 'train'), 0
     for name, config in configs.items():
         cost, parameters = forward_cost(config)
-        print(f'tower:  {name}: {config.model_name} / {config.pretrained}, {config.image_size} px, '
-              f'{parameters / 1e6:.0f} million parameters')
+        lines.append(f'tower:  {name}: {config.model_name} / {config.pretrained}, {config.image_size} px, '
+                     f'{parameters / 1e6:.0f} million parameters')
         work += passes * searched * cost + (training_cost(config, len(splits['train'])) if training else 0)
-    print('device:', device_in_words())
     rate = SHARE * processes_here() * matmul_rate(next(iter(configs.values())).precision)
-    print(f'time:   {in_words(work / rate)} for the towers')
+    print(*lines, f'device: {device_in_words()}', f'time:   {in_words(work / rate)} for the towers', f'result: {folder}', sep='\n')
 
 
 def kaggle_limits(config, working='/kaggle/working'):
@@ -60,8 +60,7 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
     splits = load_data(**sources, config=config, download=True, run_dir=run_dir)
-    say_plan(splits, {tower: config}, training=True, passes=2)
-    print('result: ', run_dir)
+    say_plan(splits, {tower: config}, run_dir, training=True, passes=2)
     return config, splits, run_dir
 
 
@@ -71,10 +70,9 @@ def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='
     find_ingredients takes them."""
     sources, runs = data_sources(data), user_path(out_dir or home)
     ingredients, splits = data_of(find_ingredients(runs, towers, files, architectures), sources)
-    say_plan(splits, {tower: found[0].config for tower, found in ingredients.items()},
-             passes=3 + max(map(len, ingredients.values())))
     folder = runs if out_dir else runs / splits.name
-    print('result: ', folder)
+    say_plan(splits, {tower: found[0].config for tower, found in ingredients.items()}, folder,
+             passes=3 + max(map(len, ingredients.values())))
     return ingredients, splits, folder
 
 
@@ -91,8 +89,7 @@ def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home=
     config = Config().override(**{name: values[name] for name in ('model_name', 'pretrained', 'image_size')})
     mine, sources = list_images(photos) if photos else None, data_sources(data)
     splits = load_data(**sources, config=config)
-    say_plan(splits, {'zero-shot': config})
     folder = user_path(out_dir or home) / 'zero_shot'
     folder = folder if out_dir else folder / splits.name
-    print('result: ', folder)
+    say_plan(splits, {'zero-shot': config}, folder)
     return values, splits, splits['query'].head(1000) if mine is None else mine, folder

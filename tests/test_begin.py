@@ -34,7 +34,7 @@ def test_a_run_is_named_after_what_it_is_made_of(pets, tmp_path, capsys, given, 
     assert folder == tmp_path / name and config == follow_recipe(CONFIG, options.get('recipe'))
     assert set(splits['train']['label']) == set(PETS)
     said = capsys.readouterr().out
-    assert f'result:  {folder}\n' in said and f'data:   {len(splits["train"])} images of 3 classes (pets)' in said
+    assert f'result: {folder}\n' in said and f'data:   {len(splits["train"])} images of 3 classes (pets)' in said
     assert re.search(r'tower:  vit_h_224: local-dir:media/miniature / miniature, 32 px, 3 million parameters\n', said)
     assert re.search(r'device: CPU, \d+ cores, no GPU\ntime:   about [\d.]+ (s|min) for the towers\n', said)
 
