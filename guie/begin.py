@@ -39,7 +39,8 @@ def say_plan(splits, configs, folder, *, training=False, passes=1):
                      f'{parameters / 1e6:.0f} million parameters')
         work += passes * searched * cost + (training_cost(config, len(splits['train'])) if training else 0)
     rate = SHARE * processes_here() * matmul_rate(next(iter(configs.values())).precision)
-    print(*lines, f'device: {device_in_words()}', f'time:   {in_words(work / rate)} for the towers', f'result: {folder}', sep='\n')
+    lines += [f'device: {device_in_words()}', f'time:   {in_words(work / rate)} for the towers', f'result: {folder}']
+    print(*lines, sep='\n')
 
 
 def kaggle_limits(config, working='/kaggle/working'):
