@@ -187,8 +187,8 @@ def plan(options, folder):
     demo.make_world(folder / 'world')  # as the demo's first act
     ingredients = demo.INGREDIENTS if options.whole else [demo.INGREDIENTS[0], demo.INGREDIENTS[-1]]
     shared = {'DEMO': True, 'OUT_DIR': str(folder)}
-    return [(name, folder / demo.run_name(name, augmentation), {**shared, 'AUGMENTATION': augmentation})
-            for name, augmentation in ingredients] + [
+    return [(name, folder / demo.run_name(name, augmentation), {**shared, 'AUGMENTATION': augmentation, 'SEED': seed})
+            for seed, (name, augmentation) in enumerate(ingredients)] + [
         ('zero_shot_pca', folder / 'zero_shot', shared), ('soup', folder, shared)]
 
 
