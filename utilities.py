@@ -1,33 +1,33 @@
-"""General image embeddings, the front door: what the four notebooks use, each name from the room it lives in.
+"""General image embeddings, the front door: the names that the four notebooks use, each from the room it lives in.
 
-A room is a file of guie/ that reads from top to bottom and imports from rooms above it alone:
+A room is a file of guie/. It reads from top to bottom and imports only from the rooms above it:
 
-    errors       what a user can mend, each one sentence
-    packages     what is missing is installed
-    files        whole or no files, attached inputs, hashes
-    inputs       data that Kaggle and Colab fetch
+    errors       errors that a user can fix, one sentence each
+    packages     missing packages, installed
+    files        files written whole or not at all, attached inputs, hashes
+    inputs       data sets that kagglehub fetches on Kaggle and Colab
     tables       DataFrames as tables to read
     distributed  one or several GPUs, and a stop that saves
-    weights      files of anybody's weights, under our names
+    weights      files of weights from any origin, under our names
     images       an image file to a uint8 square, augmented, in batches
-    listing      which files are images, and what is passed over
+    listing      which files are images, and which are skipped
     config       the frozen settings of a run
     datasets     known data sets, folders and CSVs to tables
-    sources      what a folder of one's own means
-    splits       what is trained on, chosen by and reported on
+    sources      what your own folder, CSV or list means as data
+    splits       images to train on, to make choices on and to report on
     losses       margins and sub-centre ArcFace
-    projection   d numbers to at most 64, by a PCA
+    projection   PCA from d numbers to at most 64
     retrieval    neighbours and mP@5
-    scores       how sure an mP@5 is, tables of scores
+    scores       mP@5 with its 95 % interval, tables of scores
     towers       pretrained image towers
     text         text towers and vocabularies
     model        head, Embedder, learning rates
     checkpoints  files of weights and folders of runs
     embedding    images to cached vectors
-    memory       what a run will take, before it starts
-    estimate     how long towers will take
+    memory       memory and disk that a run needs, before it starts
+    estimate     about how long towers will take
     training     the loop
-    recipes      what other places changed; training in stages
+    recipes      what other places and papers changed; training in stages
     soups        averages of weights
     begin        a notebook's parameters to settings, data and folders
     submission   the file for PyTorch 1.11, and its replay
@@ -36,7 +36,7 @@ A room is a file of guie/ that reads from top to bottom and imports from rooms a
     maps         how alike vectors are, and images on a plane
     plots        curves and bars
 
-sharding and resume, used by training, stand between memory and training."""
+training uses two more rooms, which come before it: sharding and resume."""
 from guie.begin import begin_run, begin_soups, begin_zero_shot
 from guie.checkpoints import find_ingredients, list_runs, load_run, open_checkpoint, save_run
 from guie.config import Config

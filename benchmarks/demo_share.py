@@ -2,9 +2,9 @@
 
     python benchmarks/demo_share.py [--whole 1]
 
-Runs the demo's notebooks into a temporary folder with a clock that knows at each moment what the kernel is at: an image
-tower (its forward pass, and the part of every backward pass that follows the head's; an exported file counts as a tower,
-its resizing included) or one of PARTS. Without --whole 1 one ingredient of either training notebook is run instead of five.
+Runs the demo's notebooks into a temporary folder. A clock in each kernel counts the seconds of the image towers and of each
+of PARTS. A tower's are its forward pass and what follows the head's part of every backward pass; an exported file counts as
+a tower, its resizing included. Without --whole 1 it runs one ingredient of each training notebook instead of five.
 """
 import json
 import os
@@ -39,7 +39,7 @@ get_ipython().events.register('post_run_cell', lambda result: clock.write({file!
 '''
 
 
-PARTS = {  # functions whose time is not the rest, beside the tower's that they call
+PARTS = {  # functions that are timed by name, without the towers that they call
     'images': [images.read_pixels, utilities.ImageDataset.__getitem__, splits.Splits.table, utilities.load_data],
     'head, loss, optimiser': [training.optimiser_step],
     'files': [files.state_hash, checkpoints.save_state, utilities.load_run, embedding.save_vectors, resume.save_checkpoint,
@@ -51,7 +51,7 @@ PARTS = {  # functions whose time is not the rest, beside the tower's that they 
 
 
 class Clock:
-    """Seconds by part: those of a part within another count for the inner one alone."""
+    """Seconds by part; within a part, those of an inner part count for the inner one alone."""
 
     def __init__(self):
         self.seconds, self.within, self.since = Counter(), ['rest'], time.perf_counter()
@@ -108,7 +108,7 @@ class Clock:
 
 
 class WatchedFile:
-    """An exported file whose calls a clock counts: compiled modules take no hooks."""
+    """An exported file whose calls a clock counts: hooks do not work on compiled modules."""
 
     def __init__(self, module, clock):
         self.module, self.call = module, clock.watched(module, 'towers')
@@ -125,7 +125,7 @@ class WatchedFile:
 
 
 def put_in_place(function, watched):
-    """Gives the watched form to whoever calls the function by a name of its own: the rooms, the front door, its class."""
+    """Puts the watched form wherever the function has a name: in the rooms, the front door and its class."""
     rooms = [module for name, module in sys.modules.items() if name.startswith('guie.')]
     for owner in (utilities, *rooms, pylabtools, Figure, utilities.ImageDataset, splits.Splits):
         for name in [name for name, value in vars(owner).items() if value is function]:
@@ -133,8 +133,8 @@ def put_in_place(function, watched):
 
 
 def start_clock():
-    """In a notebook's kernel, before its first cell: a Clock that watches every tower of an Embedder, every exported file,
-    and PARTS."""
+    """Called in a notebook's kernel before its first cell -> a Clock that watches every tower of an Embedder, every exported
+    file, and PARTS."""
     clock, init, load, backward = Clock(), utilities.Embedder.__init__, torch.jit.load, torch.Tensor.backward
 
     def watched_init(self, tower, *arguments, **options):
@@ -156,7 +156,7 @@ def start_clock():
 
 
 def timed_notebook(name, output, parameters, runs, profile):
-    """Seconds of one notebook by part; what is over before the clock starts, and after its kernel, is 'kernel, imports'."""
+    """Seconds of one notebook by part; those before the clock starts and after the kernel ends are 'kernel, imports'."""
     file = profile / 'seconds.json'
     startup = profile / 'profile_default/startup/clock.py'
     startup.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,10 @@
 
     python benchmarks/embedding.py
 
-The rival is what one would write: a Dataset that opens, converts and resizes (Pillow, antialiased bicubic) to the tower's
-64 pixels, ToTensor, Normalize, a DataLoader with its default settings except for the same batches of 64, the open_clip
-tower with its default blocks. The folder has 50 JPEGs of 800×600 a hundred times over, in the page cache. Both embed 250
-at a time, in turn. Checked: cosines between the vectors of both (JPEGs decoded at a reduced scale differ by up to 2/255).
+The reference is what one would write: a Dataset that opens, converts and resizes (Pillow, antialiased bicubic) to the
+tower's 64 pixels; ToTensor, Normalize; a DataLoader with default settings, but the same batches of 64; the open_clip tower
+with its default blocks. The folder has 50 JPEGs of 800×600, each a hundred times, in the page cache. Both embed 250 at a
+time, in turn. Checked: cosines between the vectors of both (JPEGs decoded at a reduced scale differ by up to 2/255).
 """
 import sys
 import tempfile

@@ -1,13 +1,12 @@
-"""The whole way of one ingredient at its real size, on a CPU: the towers of the recipe with random weights.
+"""All steps of one ingredient at its real size, on a CPU: the towers of the recipe with random weights.
 
     python benchmarks/full_scale.py                       # ViT-H/14 at 224 px, then ViT-L/14 at 336
     python benchmarks/full_scale.py --towers ViT-L-14     # one of them
 
-Took 48 minutes on 2 cores that had much other work. Needs 12 GB of memory, and in the temporary folder (TMPDIR) 22 GB of
-disk, all of it deleted in the end. Each stage is a process of its own, as in a Kaggle session that is stopped and started
-again; fit itself trains, with the head of the published run (17,642 classes) and emoji images. Prints a markdown table:
-seconds with imports left out, and the peak of RssAnon, libraries included (mapped files do not count: the system can drop
-them at any time).
+Took 48 minutes on 2 busy cores. Needs 12 GB of memory, and 22 GB of disk in the temporary folder (TMPDIR), which are
+deleted at the end. Each stage is a process of its own, like a Kaggle session that is stopped and started again. fit itself
+trains, with the head of the published run (17,642 classes) and emoji images. Prints a markdown table: seconds without
+imports, and the peak of RssAnon, libraries included (mapped files do not count: the system can drop them at any time).
 """
 import argparse
 import json
@@ -56,7 +55,7 @@ def images(folder, size):
 
 
 def step(folder, config, kept):
-    """One optimiser step by fit, from the newest state on; its weights are kept as the run `kept`."""
+    """One optimiser step by fit, from the newest state; its weights are kept as the run `kept`."""
     frame = images(folder, config.image_size)
     train = frame.iloc[np.arange(CLASSES) % len(frame)].assign(label=[f'{i:05d}' for i in range(CLASSES)])
     tower = utilities.load_image_tower(config.model_name, config.pretrained, config.image_size)

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--towers ViT-H-14,ViT-L-14,SO400M] [--file gpu.json]
 
-Each part is a process of its own, and its rows are in the file before the next one starts: a run that was stopped goes on
-with the part it was in. Prints a markdown table. Without a GPU only --quick runs: every line, with the miniature.
+Each part is a process of its own, and its rows are in the file before the next one starts: a stopped run resumes with the
+part that it was in. Prints a markdown table. Without a GPU only --quick runs: every line, with the miniature.
 """
 import json
 import os
@@ -53,14 +53,14 @@ def wait():
 
 
 def memory():
-    """GB that tensors took at most on the GPU, and that PyTorch held for them, since the last reset."""
+    """(GB that tensors took at most on the GPU, GB that PyTorch held for them) since the last reset."""
     if not ON_GPU:
         return float('nan'), float('nan')
     return torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
 
 
 def rate(work, images, repeats=3):
-    """Images a second of work(), which treats so many; one call warms up."""
+    """Images a second of work(), which handles so many in a call; one call warms up."""
     work()
     wait()
     start = time.perf_counter()
@@ -139,7 +139,7 @@ def options(quick):
 
 
 def embedding(quick):
-    """embed on photographs' size of JPEG files: the whole, reading alone, the tower alone."""
+    """embed on JPEG files of 1600×1200: the whole, reading alone, the tower alone."""
     tower, count, size = ('miniature', 8, (160, 120)) if quick else ('ViT-L-14', 1500, (1600, 1200))
     config = configuration(tower)
     model = utilities.Embedder(utilities.load_image_tower(config.model_name, config.pretrained, config.image_size))
@@ -227,7 +227,7 @@ def train_miniature(folder, quick):
 
 
 def resume(quick):
-    """A run that is killed in the middle and started again, against one that is left alone."""
+    """A run that is killed in the middle and resumed, against an uninterrupted one."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *['--quick'] * quick, '--work']
         for name in ('alone', 'again'):

@@ -3,9 +3,9 @@
     python benchmarks/image_input.py [--threads 1]
 
 The plain way is the published recipe's order: decode whole, augment at full size, resize (Pillow, bicubic, antialiased).
-The augmentations are the same functions. 'Decoding alone' is Pillow's, at the scale that read_image decodes at; a speed
-of 75 % of the most that this leaves (plain time / time of decoding alone) is what the machine is asked for. Checked: the
-evaluation image is within 2/255 (mean) of full decoding; that the augmentations' effects are the right ones is in tests/.
+The augmentations are the same functions. 'Decoding alone' is Pillow's, at the scale that read_image decodes at. The aim is
+4, or 75 % of what decoding alone would reach (plain time / its time) if that is less. Checked: the evaluation image is
+within 2/255 (mean) of full decoding. What the augmentations do is checked in tests/.
 """
 import itertools
 import sys

@@ -31,8 +31,8 @@ def synthetic(rng, codepoints, width, height):
 
 
 def large_images(folder, count, sides=SIDES, quality=88, seed=0):
-    """Writes `count` JPEGs; DataFrame path, label, and words on what they are. Images found below the folder in PHOTOS
-    are enlarged to these sides (sensor noise added, since enlarging leaves none), else they are made."""
+    """Writes `count` JPEGs -> DataFrame path, label, and a description of them. Images found below the folder in PHOTOS are
+    enlarged to these sides, with sensor noise added, since enlarging leaves none. Without them images are made."""
     rng, folder = np.random.default_rng(seed), Path(folder)
     given = sorted(Path(os.environ['PHOTOS']).rglob('*.jpg')) if os.environ.get('PHOTOS') else []
     codepoints = demo.objects()['codepoint'].to_numpy()

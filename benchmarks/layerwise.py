@@ -3,7 +3,8 @@
     python benchmarks/layerwise.py [--runs runs/demo] [--sweeps 2]
 
 Starting from the uniform soup, each block in turn tries every ingredient alone and the uniform mixture, and keeps what
-scores best on the selection objects. Prints mP@5 at 64 dimensions: only the never-seen column was not chosen by itself.
+scores best on the selection objects. Prints mP@5 on these (full width) and on never-seen ones (64 dimensions): nothing was
+chosen by the latter.
 """
 import argparse
 import re
@@ -26,7 +27,7 @@ def block_of(name):
 
 
 def mix(states, weights):
-    """Averages tensors with the weights of their block: {name: tensor}."""
+    """Averages tensors, each with the weights of its block: {name: tensor}."""
     return {name: sum(float(w) * state[name] for w, state in zip(weights[block_of(name)], states)) for name in states[0]}
 
 

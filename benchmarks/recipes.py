@@ -1,16 +1,16 @@
 """Recipes against each other: the same images seen, several seeds, never-seen objects.
 
     python benchmarks/recipes.py                                    # the emoji world, about a minute a run on a quiet core
-    python benchmarks/recipes.py --images FOLDER                    # and one's own images, with both towers, and both worlds
+    python benchmarks/recipes.py --images FOLDER                    # and your own images, with both towers, and both worlds
     python benchmarks/recipes.py --recipes place4 hi-res --seeds 5 --epochs 1
 
-FOLDER holds train.csv, query.csv and index.csv (path,label). Every run has its lines in <out>/results.csv, added when it
-is done; a run that has them is not made again, so the bench may be stopped at any time. Prints markdown tables of mP@5,
-mean ± standard deviation over the seeds: on the selection objects at 64 dimensions, by which a recipe is chosen, and on
-others, to report on, at the head's full width and at 64 dimensions (d64); d64 less that of place4, seed by seed, and its
-95 % interval when kinds of object are drawn anew (paired bootstrap of the seeds' mean). What is done after training is for
-any recipe, and has lines of its own: overlapping patches (half of the side) where they do not overlap yet, and test-time
-augmentation, the mean of an image and its mirror image at 1 and 1.5 times the side.
+FOLDER holds train.csv, query.csv and index.csv (path,label). A finished run adds its lines to <out>/results.csv and is not
+run again, so the benchmark may be stopped at any time. Prints markdown tables of mP@5, mean ± standard deviation over the
+seeds: on the selection objects at 64 dimensions, to choose a recipe by; on never-seen objects, to report on, at the head's
+full width and at 64 dimensions (d64); the gain in d64 over place4, seed by seed, with its 95 % interval over kinds of object
+(paired bootstrap of the seeds' mean). Two things may follow training with any recipe, and have lines of their own: patches
+that overlap by half of their side, if they do not overlap yet; and test-time augmentation, the mean of an image and its
+mirror image at 1 and 1.5 times the side.
 """
 import argparse
 import copy
@@ -55,7 +55,7 @@ def configuration(tower, out, arguments):
 
 
 def load_world(world, folder, config):
-    """The splits of a run; of two worlds together each is a domain."""
+    """The splits of a run; of two worlds together, each is a domain."""
     sources = {'emoji': demo.sources(), 'own images': folder and {
         name: str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}}
     worlds = {name: utilities.load_data(**sources[name], config=config) for name in world.split(' and ')}
@@ -65,8 +65,8 @@ def load_world(world, folder, config):
 
 
 def evaluate(model, splits, folder, test_time):
-    """[{after, SCORES}]: mP@5 of a model, as it is and with what may follow training; what every query has at 64
-    dimensions is kept in folder/precisions.npz."""
+    """[{after, SCORES}]: mP@5 of a model, as it is and with what may follow training. Saves the score of every query at 64
+    dimensions in folder/precisions.npz."""
     models, tower = {'': model}, model.tower
     if isinstance(tower, VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
         models['overlap'] = copy.deepcopy(model)
@@ -107,7 +107,7 @@ def run(config, recipe, seed, splits, folder, test_time):
 
 
 def once(line, file, make):
-    """Adds line | row to a CSV for every row of make(), unless it has this line already; what is untrained has no seed."""
+    """Adds line | row to a CSV for every row of make(), unless it has this line already; untrained models have no seed."""
     names = [name for name in line if name != 'seed' or line['recipe'] != 'untrained']
     before = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=list(line))
     if not (before[names] == pd.Series(line)[names]).all(axis=1).any():
@@ -121,7 +121,7 @@ def run_folder(out, line):
 
 
 def against(reference, rows, after, out):
-    """What place4 has less, over the seeds of both: mean ± standard deviation, and an interval over kinds of object."""
+    """The gain over place4 in the seeds of both: mean ± standard deviation, and an interval over kinds of object."""
     seeds = reference.index.intersection(rows.index)
     if not len(seeds) or rows is reference:
         return '–', '–'

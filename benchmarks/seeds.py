@@ -5,8 +5,8 @@
 
 A seed decides the initial head, the data order and the augmentation; the images and the pretrained miniature stay.
 Prints a markdown table of mP@5 on never-seen objects at 64 dimensions, mean ± standard deviation over the seeds, then each
-step from the zero-shot PCA to the ensemble, with the number of seeds in which it does not go down. A seed that is done is
-not run again.
+step from the zero-shot PCA to the ensemble, with the number of seeds in which it does not go down. A finished seed
+is not run again.
 """
 import argparse
 import sys

@@ -3,10 +3,10 @@
     python benchmarks/soup.py               # 6 GB of temporary files, about 8 GB of memory
     python benchmarks/soup.py --scale 0.1   # a tenth of the blocks
 
-Each measurement is a process of its own, the kinds in turn, the files in the page cache; torch.load of all has one turn
-only, as it takes ten times as long as the others.
-Memory is the peak of RssAnon while it works, libraries included: mapped files do not count, the system can drop
-them at any time. Reading is a plain read() of every file into one small buffer.
+Each measurement is a process of its own, the kinds in turn, with the files in the page cache. torch.load of all has one
+turn only, since it takes ten times as long as the others. Memory is the peak of RssAnon while it works, libraries included;
+mapped files do not count, since the system can drop them at any time. Reading is a plain read() of every file into one
+small buffer.
 """
 import math
 import mmap
@@ -23,8 +23,8 @@ import timing  # noqa: E402
 
 
 def vit_l_state(seed, blocks, width=1024, patch=14, tokens=577, out=768, classes=0):
-    """Random tensors with the names and shapes of an image tower ViT-L/14 at 336 px: 304M numbers in 24 blocks, each tensor
-    a random stretch of the same few million random numbers, as drawing all would take a minute."""
+    """Random tensors with the names and shapes of an image tower ViT-L/14 at 336 px: 304M numbers in 24 blocks. Each tensor
+    is a random stretch of the same few million random numbers, since drawing all would take a minute."""
     shapes = {'tower.class_embedding': (width,), 'tower.positional_embedding': (tokens, width),
               'tower.conv1.weight': (width, 3, patch, patch), 'tower.proj': (width, out)}
     block = {'attn.in_proj_weight': (3 * width, width), 'attn.in_proj_bias': (3 * width,),
@@ -53,7 +53,7 @@ def plain(paths):
 
 
 def reading(paths):
-    buffer = mmap.mmap(-1, 1 << 22)  # begins with a page: elsewhere some processors copy at a quarter of the speed
+    buffer = mmap.mmap(-1, 1 << 22)  # page-aligned: elsewhere some processors copy at a quarter of the speed
     for path in paths:
         with open(path, 'rb', buffering=0) as file:
             while file.readinto(buffer):

@@ -2,11 +2,11 @@
 
     python benchmarks/step.py [--tower miniature|ViT-B-16]
 
-The plain loop keeps both towers of the CLIP, has one parameter group a tensor, a head with five dropped-out passes, and an
-ArcFace that mixes by a one-hot matrix of the whole batch; its tower has open_clip's default blocks. Head: 512 dimensions,
+The plain loop keeps both towers of the CLIP, with open_clip's default blocks. It has one parameter group a tensor, a head
+with five dropped-out passes, and an ArcFace that mixes by a one-hot matrix of the whole batch. Head: 512 dimensions,
 3 centres a class, 17,642 classes for ViT-B/16 and 360, the demo's, for the miniature. Each kind is a process of its own
 that makes one step when asked, in turn; memory is the peak of its RssAnon, libraries included. Checked: without dropout
-loss and every gradient are those of the plain loop (a tensor's largest difference, relative to its largest entry). The
+loss and every gradient are those of the plain loop (the largest difference, relative to the largest entry of all). The
 bound is the image tower's own forward and backward pass, without head, loss and optimiser. Activations are recomputed
 (checkpointed) for two batches only: the second comes on top of the gradients of the first (a third adds 3 % to the peak).
 """
@@ -52,7 +52,7 @@ def some_batches(size, n_classes):
 
 
 class PlainModel(nn.Module):
-    """CLIP as it comes and a head written down as it is published."""
+    """open_clip's whole CLIP, and a head written as it is published."""
 
     def __init__(self, clip, head, mean, std):
         super().__init__()
@@ -120,7 +120,7 @@ def gradients(tower, kind):
     """Loss and gradients by name of two images, without dropout."""
     model, batches, margins, _ = build(tower, kind)
     model.eval()
-    if kind == 'ours':  # random weights too are those of the plain loop
+    if kind == 'ours':  # random weights are those of the plain loop too
         model.tower.load_state_dict(whole_clip(tower).visual.state_dict())
     batch = {name: values[:2] for name, values in batches[0].items()}
     if kind == 'plain':
@@ -134,7 +134,7 @@ def gradients(tower, kind):
 
 
 def compare(tower):
-    """Largest relative difference of a gradient; ends the benchmark if it or the loss is another."""
+    """Largest relative difference of a gradient; ends the benchmark if gradients or loss differ too much."""
     (ours, own), (theirs, plain) = gradients(tower, 'ours'), gradients(tower, 'plain')
     timing.close(ours, theirs, 1e-4, f'{tower}, loss')
     if own.keys() != plain.keys():

@@ -98,7 +98,7 @@ class Child:
                 return json.loads(line)
         raise RuntimeError(f'{" ".join(self.process.args)} ended without an answer.')
 
-    def close(self):  # at once: it takes torch apart for two seconds
+    def close(self):  # at once: unloading torch would take two seconds
         self.process.kill()
         self.process.wait()
 
@@ -111,7 +111,7 @@ def answer(function):
 
 @dataclass
 class Row:
-    """One comparison. Where `aim` says ≤ the unit is a cost, where it says ≥ a speed."""
+    """One comparison. With a ≤ in `aim` the unit is a cost, with a ≥ a speed."""
     work: str
     ours: float
     reference: float
@@ -148,7 +148,7 @@ def matrix_speed(size=1024):
 
 
 def close(found, expected, tolerance, what):
-    """Ends the benchmark where results differ: a speed bought by another result does not count."""
+    """Ends the benchmark where results differ: speed does not count if the result is another."""
     apart = float(np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max())
     if not apart <= tolerance:
         raise SystemExit(f'{what}: results differ by {apart:.3g}, more than {tolerance:g}.')

@@ -1,4 +1,4 @@
-"""Begin: a notebook's parameters become settings, data and folders; what will be done is printed before it starts."""
+"""Begin: turns a notebook's parameters into settings, data and folders, and prints the plan before it starts."""
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from guie.soups import data_of
 from guie.sources import data_sources
 from guie.splits import load_data
 
-SHARE = .5  # of a large matrix product's rate, which towers reached on two CPU cores and on an H200 alike
-KAGGLE_HOURS = 8.5  # of a session's 9; older notices say 12
+SHARE = .5  # towers reach this share of a large matrix product's rate, on two CPU cores as on an H200
+KAGGLE_HOURS = 8.5  # a session lasts 9 (older notices say 12)
 
 
 def data_in_words(splits):
-    """What is trained on and what is searched, each in a sentence."""
+    """The training data and the data to report on, in one sentence."""
     train, query, index = (splits[name] for name in ('train', 'query', 'index'))
     domains = ', '.join(sorted(train['domain'].unique())[:4])
     return (f'{len(train):,} images of {train["label"].nunique():,} classes ({printable(domains)}); to report on, '
@@ -28,9 +28,8 @@ def data_in_words(splits):
 
 
 def say_plan(splits, configs, folder, *, training=False, passes=1):
-    """Prints data, towers, device, the time expected and the folder of the results. configs: {tower's name: Config}.
-    training: the runs are trained. passes: how often each tower embeds all images that are not trained on, and the PCA's
-    sample."""
+    """Prints data, towers, device, expected time and the results' folder. configs: {tower's name: Config}. training: the
+    runs are trained too. passes: how often each tower embeds all splits but the training images."""
     lines = [f'data:   {data_in_words(splits)}']
     searched, work = sum(len(frame) for name, frame in splits.items() if name != 'train'), 0
     for name, config in configs.items():
@@ -44,7 +43,7 @@ def say_plan(splits, configs, folder, *, training=False, passes=1):
 
 
 def kaggle_limits(config, working='/kaggle/working'):
-    """The configuration; on Kaggle, where it has no max_hours, with 8.5, which end before the session does; prints that."""
+    """The configuration; on Kaggle with max_hours 8.5 if it has none, to end before the session does. Prints that."""
     if config.max_hours is not None or not Path(working).is_dir():
         return config
     print(f'Kaggle ends a session after 9 hours: the run stops after {KAGGLE_HOURS}, everything saved (max_hours).')
@@ -52,10 +51,10 @@ def kaggle_limits(config, working='/kaggle/working'):
 
 
 def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
-    """(configuration as the recipe says, splits, folder of the run) of a training notebook.
-    data: as data_sources takes it. The folder's name is `run`, or the tower's, the augmentation, the recipe and the name of
-    the data, if they are one's own. ValueError, before anything is loaded, if it holds a run with another configuration or
-    of other images."""
+    """(configuration after the recipe, splits, run folder) of a training notebook.
+    data: as data_sources takes it. The folder's name is `run`, or else the tower's, the augmentation, the recipe and the
+    name of your own data. ValueError, before weights are loaded, if it holds a run of another configuration or other
+    images."""
     config, sources = kaggle_limits(follow_recipe(config, recipe)), data_sources(data)
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
     for folder, stage in stage_folders(config, run_dir):
@@ -66,9 +65,9 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
 
 
 def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='runs'):
-    """(ingredients, splits, folder of the soups) of the soup notebook.
-    out_dir: where the runs are; None: home, and soups of one's own data get a folder of their name there. The others: as
-    find_ingredients takes them."""
+    """(ingredients, splits, soup folder) of the soup notebook.
+    out_dir: the folder of the runs; None is `home`, where soups of your own data get a subfolder with its name. Other
+    arguments: as in find_ingredients."""
     sources, runs = data_sources(data), user_path(out_dir or home)
     ingredients, splits = data_of(find_ingredients(runs, towers, files, architectures), sources)
     folder = runs if out_dir else runs / splits.name
@@ -79,8 +78,8 @@ def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='
 
 def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home='runs', **choices):
     """(settings, splits, images to search, folder) of the zero-shot notebook.
-    values: its settings {name: value}; choices that are not None, and overrides, win. photos: a folder of one's own images;
-    None: at most 1,000 of the queries. out_dir: None is home, where scores on one's own data get a folder of their name."""
+    values: its settings {name: value}; overrides, and choices that are not None, replace them. photos: a folder of your own
+    images; None: at most 1,000 of the queries. out_dir: None is `home`, where scores on your own data get a subfolder."""
     values = {**values, **{name: value for name, value in choices.items() if value is not None}}
     more = read_overrides(overrides)
     if unknown := [name for name in more if name not in values]:

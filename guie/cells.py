@@ -1,4 +1,4 @@
-"""Cells: images with frames and names, set in the rows and columns of a figure."""
+"""Cells: images with frames and names, in the rows and columns of a figure."""
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from guie.errors import FileError
 from guie.files import printable
 from guie.images import ImageDataset
 
-SIDE, LINE, GAP = 1.08, .165, .1  # inches: of a picture, of a line of text, between pictures
-WIDTH = 12  # characters of a line below a picture
+SIDE, LINE, GAP = 1.08, .165, .1  # inches: of an image, of a line of text, between images
+WIDTH = 12  # characters of a line below an image
 OTHER_SCRIPTS = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'WenQuanYi Zen Hei', 'Microsoft YaHei', 'SimHei',
-                 'PingFang SC', 'Hiragino Sans', 'Malgun Gothic', 'Arial Unicode MS')  # for what matplotlib's own font lacks
+                 'PingFang SC', 'Hiragino Sans', 'Malgun Gothic', 'Arial Unicode MS')  # letters that matplotlib's font lacks
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of a figure: its place in its row, its image, and what stands around it. path None: no image."""
+    """An image of a figure: its place in its row, and the texts around it. path None: no image."""
     column: float
     path: str | None
     name: str = ''      # below it
@@ -35,8 +35,8 @@ class Cell:
 
 
 def draw_cells(rows, size, meaning, together=1):
-    """A figure of rows of Cells, images read at `size` pixels; some space after each `together` rows.
-    meaning: {colour: what a frame of it says}, for the legend."""
+    """Draws rows of Cells as a figure, images at `size` pixels, with a space after each group of `together` rows.
+    meaning: {frame colour: what it means}, for the legend."""
     cells = [cell for row in rows for cell in row]
     images = read_images([cell.path for cell in cells if cell.path is not None], size)
     beside = all(columns_of(f'{cell.name} · 0.00') <= WIDTH for cell in cells)
@@ -59,12 +59,12 @@ def draw_cells(rows, size, meaning, together=1):
 
 
 def text_below(cell, beside):
-    """A cell's name and distance, in one line if they are to stand beside each other."""
+    """A cell's name and distance; beside: in one line."""
     return (' · ' if beside else '\n').join(filter(None, (wrapped(cell.name), cell.distance)))
 
 
 def draw_cell(axis, cell, images, below):
-    """A cell on its axis; images: of read_images."""
+    """Draws a cell on its axis; images: from read_images."""
     if cell.path is None:
         axis.set_axis_off()
         write(axis, .5, .5, 'none')
@@ -78,8 +78,8 @@ def draw_cell(axis, cell, images, below):
 # Images
 
 def read_images(paths, size):
-    """{path: (uint8 (3, size, size), whether it could be read)}; what could not is printed. OSError if none could."""
-    table = pd.DataFrame({'path': [*dict.fromkeys(paths)], 'label': ''}, dtype=object)  # a pyarrow text would be UTF-8
+    """{path: (uint8 (3, size, size), whether it could be read)}; prints how many could not. OSError if none could."""
+    table = pd.DataFrame({'path': [*dict.fromkeys(paths)], 'label': ''}, dtype=object)  # pyarrow takes nothing but UTF-8
     images = ImageDataset(table, size, max_unreadable=len(table))
     pictures = [images[i]['image'] for i in range(len(images))]
     bad = note_unreadable(images, range(len(images)))
@@ -87,7 +87,7 @@ def read_images(paths, size):
 
 
 def note_unreadable(images, shown):
-    """Paths of an ImageDataset that could not be read, their number and the first printed; OSError if none could."""
+    """Unreadable paths of an ImageDataset; prints their number and the first. OSError if all that are shown are."""
     bad, paths = {*images.unreadable}, {images.paths[i] for i in shown}
     if bad >= paths:
         raise FileError(printable(f'None of the {len(paths)} images of this figure can be read, first {min(paths)}: check '
@@ -99,7 +99,7 @@ def note_unreadable(images, shown):
 
 
 def show_image(axis, image, readable=True, colour=None):
-    """An image (3, s, s) without ticks, in a coloured frame if given; one that could not be read has a cross."""
+    """Draws an image (3, s, s) without ticks, in a coloured frame if given; one that could not be read gets a cross."""
     axis.imshow(image.permute(1, 2, 0).numpy())
     if not readable:
         write(axis, .5, .5, '×', color='white', fontsize=24)
@@ -117,12 +117,12 @@ def name_of(label):
 
 
 def columns_of(text):
-    """How wide a text is, in characters; Chinese ones, emoji and the broadest letters are two wide."""
+    """The width of a text in characters; Chinese letters, emoji and the broadest letters count as two."""
     return sum(1 + (east_asian_width(letter) in 'WF' or letter in 'MW@%') for letter in text)
 
 
 def shortened(name, most):
-    """A name of at most so many columns, cut in the middle, in one line that can be printed."""
+    """A name of at most so many columns: one printable line, cut in the middle."""
     name = ' '.join(printable(name).split())
     if columns_of(name) <= most:
         return name
@@ -131,7 +131,7 @@ def shortened(name, most):
 
 
 def wrapped(name, width=WIDTH):
-    """A name on one line or two of about `width` columns, shortened in the middle to what these hold."""
+    """A name on one or two lines of about `width` columns, cut in the middle if it is longer."""
     name = shortened(name, 2 * width - 2)
     if columns_of(name) <= width:
         return name
@@ -142,7 +142,7 @@ def wrapped(name, width=WIDTH):
 
 
 class QuietText(Text):
-    """Text that warns of no letter that its fonts lack (a box is drawn), and takes $ and _ as they are."""
+    """Text that draws a box, without a warning, for a letter that its fonts lack, and shows $ and _ as they are."""
 
     def draw(self, renderer):
         """As Text's, without its warnings."""
@@ -157,16 +157,16 @@ class QuietText(Text):
 
 @contextmanager
 def no_warnings():
-    """A block without Python's UserWarnings."""
+    """Silences Python's UserWarnings within the block."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         yield
 
 
 def write(axis, x, y, text, *, ha='center', va='center', fontsize=10, **style):
-    """A text at a place of an axis, 0…1 each, in the first fonts here that have its letters; no text: nothing."""
+    """Writes a text at a place of an axis, 0…1 each, in the first fonts here with its letters; an empty one does nothing."""
     if text:
-        here = set(font_manager.get_font_names())  # matplotlib logs a warning of every other
+        here = set(font_manager.get_font_names())  # matplotlib warns of each font that is not here
         family = [*rcParams['font.family'], *(font for font in OTHER_SCRIPTS if font in here)]
         axis.add_artist(QuietText(x, y, text, ha=ha, va=va, fontsize=fontsize, family=family, parse_math=False,
                                   transform=axis.transAxes, clip_on=False, **style))

@@ -1,4 +1,4 @@
-"""Checkpoints: files of weights and folders of runs, ours or the original authors', written, read and found."""
+"""Checkpoints: saves, loads and finds files of weights and folders of runs, ours or the original authors'."""
 import copy
 import json
 import re
@@ -19,8 +19,8 @@ from guie.weights import OF_A_FOLDER, load_strictly, our_names, read_weights, we
 
 
 class Checkpoint(dict):
-    """{name: memory-mapped tensor}, read when used; `metadata` is {str: str}, `path` the file's. Its name is 'none' for
-    `runs/none/model.safetensors`, and that of any other file its own, unless one is given."""
+    """{name: memory-mapped tensor} of a file of weights, read when used; `metadata` is {str: str}, `path` the file. Without
+    a name given, `runs/none/model.safetensors` is 'none', and any other file has its own name."""
 
     def __init__(self, tensors, metadata, path, name=None):
         super().__init__(tensors)
@@ -30,32 +30,32 @@ class Checkpoint(dict):
 
     @property
     def config(self):
-        """The Config that it was trained with; the defaults for a file that names none."""
+        """The Config that it was trained with; the defaults if the file has none."""
         return Config.read(self.metadata['config']) if 'config' in self.metadata else Config()
 
     @property
     def spec(self):
-        """Its TowerSpec; KeyError for a file that does not say how it is built."""
+        """Its TowerSpec; KeyError if the file does not say how it is built."""
         spec = json.loads(self.metadata['spec'])
         return TowerSpec(**spec | {'mean': tuple(spec['mean']), 'std': tuple(spec['std'])})
 
     @property
     def score(self):
-        """mP@5 at 64 dimensions, or as many as its data allow, that its run left in scores.csv; None for another file."""
+        """mP@5 at 64 dimensions (or the most that the data allow) from the run's scores.csv; None without one."""
         scores = self.path.with_name('scores.csv')
         if self.path.name != 'model.safetensors' or not scores.exists():
             return None
         try:
             found = pd.read_csv(scores).query('dim <= 64')['mp5']
             return float(found.iloc[-1]) if len(found) else None
-        except (ValueError, LookupError, NameError):  # empty, cut or another table
+        except (ValueError, LookupError, NameError):  # empty, truncated or another table
             print(f'{scores} cannot be read, so {self.name} counts as not scored')
 
 
 def open_checkpoint(path, tower=None):
-    """Opens a file of weights, a run's folder or save_pretrained's, as read_weights does -> Checkpoint with our names; a
-    Checkpoint as it is. tower: the one that a file of anybody's belongs to, whose names then decide; see our_names.
-    FileNotFoundError; ValueError for a file that holds no weights."""
+    """Opens a file of weights, or the folder of a run or of save_pretrained -> Checkpoint under our names; a Checkpoint is
+    returned as it is. tower: the one that a file of any origin belongs to; its names then decide (see our_names).
+    FileNotFoundError; ValueError for a file without weights."""
     if isinstance(path, Checkpoint):
         return path
     path = weights_file(path)
@@ -64,8 +64,8 @@ def open_checkpoint(path, tower=None):
 
 
 def save_state(tensors, path, metadata=None, *, overwrite=False):
-    """Write {name: tensor} with metadata {str: str} as safetensors, whole or not at all.
-    FileExistsError unless `overwrite`; OSError if it cannot be written, and what was there stays as it was."""
+    """Saves {name: tensor} with metadata {str: str} as safetensors, whole or not at all.
+    FileExistsError unless `overwrite`; OSError if it cannot be written, and the old file stays."""
     path, metadata = user_path(path), {'format': 'pt', **(metadata or {})}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise InputError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
@@ -73,23 +73,23 @@ def save_state(tensors, path, metadata=None, *, overwrite=False):
         raise FileExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
     with whole_file(path) as beside:
         beside.touch()
-        mode = beside.stat().st_mode  # safetensors leaves a file that nobody but its owner can read
+        mode = beside.stat().st_mode  # safetensors makes files that only their owner can read
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
         beside.chmod(mode)
 
 
 def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **facts):
-    """Writes run_dir/file: tower, head and projection with all that is needed to load them again.
-    state: the model's tensors by name, where its own are not whole. facts: more metadata, stored as JSON."""
+    """Saves tower, head and projection as run_dir/file, with all that is needed to load them again.
+    state: the model's tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
     metadata = {'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
                 **{name: json.dumps(value) for name, value in facts.items()}}
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
 
 
 def load_run(path, tower=None):
-    """The Embedder of a run's folder or checkpoint file, in evaluation mode.
-    tower: needed for checkpoints that do not say how they are built (the original authors', or a tower of your own making);
-    only its architecture and spec are used, on a copy."""
+    """The Embedder of a run's folder or file of weights, in evaluation mode.
+    tower: for weights that do not say how they are built (the original authors', or of your own tower); only its
+    architecture and spec are used, on a copy."""
     checkpoint = open_checkpoint(path, tower)
     if tower is None and 'spec' not in checkpoint.metadata:
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
@@ -104,7 +104,7 @@ def load_run(path, tower=None):
 
 
 def unloaded_model(checkpoint, tower):
-    """An Embedder that a checkpoint's tensors fit in, with weights of its own."""
+    """An Embedder of the shape that a checkpoint's tensors need, before they are loaded."""
     tower = copy.deepcopy(tower) if tower is not None else build_tower(checkpoint.spec)
     head = projection = None
     if 'head.embedding.weight' in checkpoint:
@@ -119,7 +119,7 @@ def unloaded_model(checkpoint, tower):
 
 
 def list_runs(root):
-    """Every run below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
+    """The runs below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
     epochs, method, mp5 (at dim 64, if scored), hash of the weights."""
     if isinstance(root, (str, Path)):
         root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
@@ -134,7 +134,7 @@ def list_runs(root):
 
 
 def sound_checkpoints(paths):
-    """Yields the Checkpoints of runs; one that cannot be opened is named and passed over."""
+    """Yields the Checkpoints of runs; one that cannot be opened is printed and skipped."""
     for path in paths:
         try:
             checkpoint = open_checkpoint(path)
@@ -145,9 +145,9 @@ def sound_checkpoints(paths):
 
 
 def find_ingredients(root, towers, files=None, architectures=None, *, search=ATTACHED):
-    """{tower: [Checkpoint]} of what is to be averaged: the finished runs whose names begin with the tower's, below `root`
-    and in attached outputs (below `search`); or, where given, `files` instead.
-    files: {tower: [checkpoint files, or folders of them]} that say nothing of themselves, as the original authors'.
+    """{tower: [Checkpoint]} to average: the finished runs whose names begin with the tower's, below `root` and in attached
+    outputs (below `search`); or `files` instead, if given.
+    files: {tower: [files of weights, or folders of them]} without our metadata, such as the original authors'.
     architectures: {tower: Config's fields for its files}; None: those of the 4th place."""
     towers = [towers] if isinstance(towers := literal(towers, list, tuple), str) else towers
     files, architectures = literal(files, dict), literal(architectures, dict)
@@ -168,7 +168,7 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=ATT
 
 
 def finished_runs(tower, folders):
-    """[Checkpoint] of the runs of a tower among the folders; of several with one name the first, and no stage of a run."""
+    """[Checkpoint] of a tower's finished runs in the folders, without stages; of equal names the first."""
     runs = {}
     for folder in folders:
         named = folder.name.startswith(f'{tower}_') and not folder.name.startswith(f'{folder.parent.name}-stage-')
@@ -180,8 +180,8 @@ def finished_runs(tower, folders):
 
 
 def bare_checkpoints(tower, paths, architecture):
-    """[Checkpoint] of files, or folders of them, that do not say how they are built, each with the metadata that it lacks
-    and a name of its own.
+    """[Checkpoint] of files, or folders of them, that do not say how they are built; each gets the missing metadata and a
+    name of its own.
     architecture: Config's fields for their tower; nothing is downloaded, since the files hold all of its weights."""
     if architecture is None:
         raise InputError(f'INGREDIENTS names {tower}, of which neither architecture nor weights are known: give its '
@@ -196,7 +196,7 @@ def bare_checkpoints(tower, paths, architecture):
 
 
 def checkpoints_in(path, tower):
-    """[Checkpoint] of a file, of the folder of one model, or of what holds such a tower in a folder; the rest is named."""
+    """[Checkpoint] of a file, of one model's folder, or of a folder's files with such a tower; prints the others."""
     if not path.is_dir() or any((path / name).exists() for name in OF_A_FOLDER):
         return [open_checkpoint(path, tower)]
     found, others = [], []
@@ -219,7 +219,7 @@ def checkpoints_in(path, tower):
 
 
 def base_state(run):
-    """The pretrained tower that a run started from, as tensors named 'tower.…'."""
+    """The pretrained tower that a run started from: {'tower.…': tensor}."""
     spec = open_checkpoint(run).spec
     tower = load_image_tower(spec.model_name, spec.pretrained, spec.image_size)
     resize_tower(tower, spec.image_size, spec.architecture.get('stride'))

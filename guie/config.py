@@ -1,4 +1,4 @@
-"""Config: the frozen settings of a run, checked when they are made and saved beside every result."""
+"""Config: the frozen settings of a run, checked when they are made and saved with every result."""
 import json
 import math
 import re
@@ -14,7 +14,7 @@ from guie.images import AUGMENTATIONS
 from guie.tables import table
 
 FORMER_NAMES = {'bands': 'layer_lrs', 'head_decay': 'head_weight_decay', 'tower_decay': 'tower_weight_decay',
-                'clip_norm': 'max_grad_norm'}  # of fields, in the configurations of earlier versions
+                'clip_norm': 'max_grad_norm'}  # names of fields in earlier versions
 FORMER_FIELDS = {'sampling': 'photographs', 'partial_centers': 1., 'distil': 0., 'teacher': '', 'domains': []}
 LIMITS = {'image_size': (1, 4096), 'overlap': (0, .9), 'n_classes': (1, 10**8), 'min_images': (1, 10**6),
           'max_images': (1, 10**9), 'embedding_dim': (1, 65536), 'subcenters': (1, 100), 'scale': (1e-3, 1e4),
@@ -28,13 +28,13 @@ OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_no
                  'data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images', 'precision', 'max_hours')
 NOT_TRAINED = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision',
                'checkpoint_activations', 'stages'}  # may differ between the sessions of one run
-PUBLISHED = {'place4': {  # the towers of the nine published runs; LAION-2B for ViT-L/14 is a choice of the notebook here
+PUBLISHED = {'place4': {  # the towers of the nine published runs; the notebook here takes ViT-L/14 of LAION-2B
     'vit_h_224': {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 224},
     'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}
 
 
 def setting(default, meaning):
-    """A field of Config: its default, and what it means, for a reader of a notebook."""
+    """A field of Config: its default, and its meaning for readers of a notebook."""
     return field(default=default, metadata={'meaning': meaning})
 
 
@@ -104,7 +104,7 @@ class Config:
         self.each_stage()
 
     def each_stage(self):
-        """The Config of every stage in turn, itself without stages; where there are none it is this one."""
+        """The Config of each stage in turn, without stages of its own; this one alone if there are none."""
         configs = []
         for number, stage in enumerate(self.stages, start=1):
             try:
@@ -116,8 +116,8 @@ class Config:
         return configs or [self]
 
     def override(self, overrides=None, /, **choices):
-        """The same with other values; None keeps the value that is there. An unknown name is an error.
-        overrides: more of them, a dict or its text as JSON or Python, in which None is a value like others."""
+        """The same with other values; None keeps the current value. An unknown name is an error.
+        overrides: more values, as a dict or its text (JSON or Python); there None is a value like any other."""
         choices = {name: value for name, value in choices.items() if value is not None or name not in vars(self)}
         more = read_overrides(overrides)
         if twice := [name for name in more if name in choices and choices[name] != more[name]]:
@@ -126,7 +126,7 @@ class Config:
         return self.replace(choices | more)
 
     def replace(self, values):
-        """The same with other values {field: value}, None among them. An unknown name is an error."""
+        """The same with other values {field: value}; None is a value too. An unknown name is an error."""
         if unknown := [name for name in values if name not in vars(self)]:
             raise InputError(f'Config has no field {unknown[0]!r}.{did_you_mean(unknown[0], vars(self))} Its fields are '
                              f'{", ".join(vars(self))}.')
@@ -147,12 +147,12 @@ class Config:
 
     @classmethod
     def read(cls, text):
-        """The Config that `save`, or a checkpoint's metadata, wrote as JSON, in this version or an earlier one."""
+        """The Config in JSON that `save` or a file of weights holds, of this version or an earlier one."""
         return cls().replace(present_names(dict(json.loads(text))))
 
     @classmethod
     def load(cls, path):
-        """The Config in a file. FileNotFoundError; ValueError for a file that holds none."""
+        """The Config in a file. FileNotFoundError; ValueError for another file."""
         try:
             return cls.read(user_path(path).read_text())
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class Config:
             raise InputError(f'{path} is not a configuration: {error}') from error
 
     def table(self):
-        """What differs from the defaults, which are the recipe: DataFrame setting, value, default, meaning."""
+        """The settings that differ from the defaults (the recipe): DataFrame setting, value, default, meaning."""
         rows = [(one.name, getattr(self, one.name), one.default, one.metadata['meaning']) for one in fields(self)
                 if getattr(self, one.name) != one.default]
         return pd.DataFrame(rows, columns=['setting', 'value', 'default', 'meaning']).astype(str)
@@ -174,7 +174,7 @@ class Config:
 
 
 def read_overrides(value):
-    """{field: value} of OVERRIDES: a dict, or the text that papermill makes of one; nothing is an empty one."""
+    """{field: value} of OVERRIDES: a dict, or the text that papermill makes of one; {} for None or ''."""
     read = {} if value is None or value == '' else literal(value, dict)
     if not isinstance(read, dict):
         raise InputError(f"OVERRIDES is {value!r}; give {{field: value}}, for example {{'epochs': 2}}.")
@@ -182,7 +182,7 @@ def read_overrides(value):
 
 
 def plain(value):
-    """A value with Python's numbers in the place of numpy's, also inside lists and dicts: only those are saved as JSON."""
+    """A value with Python's numbers instead of numpy's, also inside lists and dicts: JSON takes no others."""
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -194,7 +194,7 @@ def check_field(name, kind, value):
     """ValueError unless the value is of the field's type and within its LIMITS."""
     if name in LIMITS:
         low, high = LIMITS[name]
-        whole = not isinstance(1., kind)  # a float may be given as an int, and never an int as a float
+        whole = not isinstance(1., kind)  # an int may be given for a float, but not a float for an int
         right = value is None and isinstance(None, kind) or not isinstance(value, bool) and isinstance(
             value, int if whole else (int, float)) and low <= value <= high
         if not right:
@@ -209,31 +209,31 @@ def checked_layer_lrs(pairs):
     with suppress(TypeError, ValueError):
         checked = tuple((int(end), float(lr)) for end, lr in pairs)
         ends, rates = zip(*checked)
-        rising = list(ends) == sorted({float(end) for end, _ in pairs})  # and whole
+        rising = list(ends) == sorted({float(end) for end, _ in pairs})  # and whole numbers
         if rising and ends[0] > 0 and all(0 <= rate < math.inf for rate in rates):
             return checked
     raise InputError(f'Config.layer_lrs is {pairs!r}; give (blocks below, lr) pairs with rising block numbers.')
 
 
 def present_names(values):
-    """{field: value} of an earlier version under today's names; gone fields are left out, and named if they were used."""
+    """{field: value} of an earlier version under today's names. Fields that are gone are left out, and printed if used."""
     gone = [name for name in values if name in FORMER_FIELDS]
     if used := [name for name in gone if values[name] != FORMER_FIELDS[name]]:
         print(f'This configuration is of an earlier version and used {", ".join(used)}, which is gone.')
     named = {FORMER_NAMES.get(name, name): value for name, value in values.items() if name not in gone}
-    if isinstance(stages := named.get('stages'), list):  # anything else is refused by Config
+    if isinstance(stages := named.get('stages'), list):  # Config refuses anything else
         named['stages'] = [present_names(stage) if isinstance(stage, dict) else stage for stage in stages]
     return named
 
 
 def different_fields(first, second):
-    """'field: a, now b' for what two configurations train differently; the same weights in another folder do not."""
+    """'field: a, now b' for each difference that changes the training; another folder for the same weights does not."""
     return [f'{name}: {value}, now {asdict(second)[name]}' for name, value in asdict(first).items()
             if name not in NOT_TRAINED and without_folders(name, value) != without_folders(name, asdict(second)[name])]
 
 
 def without_folders(name, value):
-    """A field's value; of files and folders of weights the last part alone, since data sets are mounted here and there."""
+    """A field's value; of a path of weights only the last part, since data sets are mounted in different folders."""
     if name == 'pretrained' or name == 'model_name' and value.startswith('local-dir:'):
         return re.sub(r'^(local-dir:|[^/@]*@|).*/([^/]+)/*$', r'\1\2', value.strip())
     return value

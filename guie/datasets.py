@@ -16,17 +16,17 @@ from guie.inputs import download as fetch
 from guie.inputs import way_to
 from guie.listing import contents_of, holds, only_images, say_passed, walk_images
 
-any_names = pd.option_context('mode.string_storage', 'python')  # pyarrow's texts refuse names that are not UTF-8
+any_names = pd.option_context('mode.string_storage', 'python')  # pyarrow refuses names that are not UTF-8
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """A data set whose paths say the class."""
+    """A data set whose paths name the class."""
     domain: str
-    telltale: str  # glob that nothing but this set's root satisfies
+    telltale: str  # glob that matches in the root of this set alone
     pattern: str   # regex over the whole path below the root, with a group `label` (and perhaps `domain`)
-    example: str   # one image, for people
-    unique_names: bool = False  # one file name, one image: parts of the set are copies of others
+    example: str   # path of one image, for messages
+    unique_names: bool = False  # equal file names are one image: parts of the set are copies of others
     kaggle: str = ''  # Kaggle's dataset 'owner/name' or competition 'name' that holds it
 
 
@@ -42,7 +42,7 @@ class Listing:
     sep: str = ','
     skiprows: int = 0
     packed: bool = False    # one row lists all images of a class, separated by spaces
-    kaggle: str = ''        # as of ClassFolders
+    kaggle: str = ''        # as in ClassFolders
 
 
 CLASS_FOLDER, HEX_FOLDERS = r'(?P<label>[^/]+)/.+', r'\1/\2/\3/\g<0>.jpg'
@@ -91,12 +91,12 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
 @any_names
 def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
     """Every labelled image of a data set: DataFrame of str columns `path` (absolute), `label`, `domain`.
-    `name_or_path` is a folder of class folders (sorted by path), a CSV `path,label[,domain]` (in its own order, paths
-    relative to `root` or to the CSV's folder), or a key of DATASETS, looked for below `root`, else below `search`, else,
-    with download, fetched as inputs.download says. Labels of known sets carry the set's name ('products-10k/17'), so that
-    splits can be concatenated. Without a column `domain` it is the data folder's name. What walk_images would not list is
-    passed over and counted in a printed line. Raises FileNotFoundError for a data root laid out otherwise, ValueError for a
-    label file that cannot be used."""
+    name_or_path: a folder of class folders (sorted by path), a CSV `path,label[,domain]` (in its own order, paths relative
+    to `root` or to its folder), or a key of DATASETS. A known set is looked for below `root`, or else below `search`;
+    without a root, `download` fetches it if it is missing (see inputs.download). Its labels begin with its name
+    ('products-10k/17'), so that splits can be concatenated. Without a column `domain`, the domain is the data folder's name.
+    Files that walk_images does not list are skipped, and counted in a printed line. FileNotFoundError: another layout.
+    ValueError: a label file that cannot be used."""
     name_or_path, root = user_path(name_or_path), root and user_path(root)
     name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
     if name in DATASETS:
@@ -113,7 +113,7 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
         raise MissingError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
                            f'{", ".join(DATASETS)}.')
     if frame['path'].duplicated().any():
-        if name in DATASETS:  # Shopee's images in two label groups: nobody can mend a known set
+        if name in DATASETS:  # Shopee has images in two label groups, and users cannot correct a known set
             pairs = frame[['path', 'label']].drop_duplicates()
             unclear = frame['path'].isin(pairs['path'][pairs['path'].duplicated()])
             frame = dropped(frame, unclear, name_or_path, 'rows have another label in another row and were dropped')
@@ -124,15 +124,14 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
 
 
 def dropped(frame, mask, source, what):
-    """The rows outside of the mask; prints how many are inside."""
+    """The rows outside the mask; prints how many are inside."""
     if mask.any():
         print(printable(f'{source}: {mask.sum():,} {what}'))
     return frame[~mask]
 
 
 def read_known(name, layout, places, download=False):
-    """A known set's table, from the first of the places, or of the folders below them, that holds it; else, if so asked,
-    from what kagglehub fetches."""
+    """A known set's table, from the first of the places or folders below them that holds it; download: else fetched."""
     faults, listed = [], isinstance(layout, Listing)
     for folder in attached_folders(places):
         marks = glob(os.path.join(glob_escape(folder), layout.telltale))
@@ -152,7 +151,7 @@ def read_known(name, layout, places, download=False):
 
 
 def read_folders(root, layout):
-    """DataFrame path, label, domain of a set whose paths say the class, sorted by path."""
+    """DataFrame path, label, domain of a set whose paths name the class, sorted by path."""
     below, passed = walk_images(root)
     below = pd.Series(below, dtype=str)
     found = below.str.extract(f'(?s)^/{layout.pattern}$').assign(path=root + below)
@@ -193,8 +192,7 @@ def read_listing(root, layout):
 
 
 def read_table(file, layout, nrows=None):
-    """A label file with str columns, without spaces around names and cells. Empty cells are missing; 'NA' and '007' stay
-    what they are."""
+    """A label file with str columns, no spaces around names and cells. Empty cells are missing; 'NA' and '007' are texts."""
     try:
         if file.endswith('.json'):
             table = pd.read_json(file, dtype=False)
@@ -208,13 +206,13 @@ def read_table(file, layout, nrows=None):
         if [*table].count(name) > 1:
             raise InputError(f'{file} has two columns {name}; delete or rename one.')
         cells = table[name].dropna().tolist()
-        if cells != [*map(str.strip, cells)]:  # ten times as fast as to strip all
+        if cells != [*map(str.strip, cells)]:  # ten times as fast as stripping all
             table[name] = table[name].str.strip().mask(lambda cells: cells == '')
     return table
 
 
 def read_csv(file, layout, nrows):
-    """read_table of a file that is no JSON, in the encoding that it has."""
+    """read_table of a file other than JSON, in its own encoding."""
     with open(file, 'rb') as stream:
         utf16 = stream.read(2) in (b'\xff\xfe', b'\xfe\xff')
     read = partial(pd.read_csv, file, sep=layout.sep, skiprows=layout.skiprows, nrows=nrows, dtype=str,
@@ -226,7 +224,7 @@ def read_csv(file, layout, nrows):
 
 
 def locate(root, paths, folders, file):
-    """Absolute paths, in the first of `folders` where a sample of them exists. None may leave that folder."""
+    """Absolute paths, in the first of `folders` with some of a sample of them. ValueError if one leaves that folder."""
     odd = holds(paths, './', '..', '//', '\n/')
     sample = paths.iloc[np.linspace(0, len(paths) - 1, min(len(paths), 64)).astype(int)]
     for start in folders:
@@ -251,17 +249,17 @@ def locate(root, paths, folders, file):
 
 
 def absent(base, paths):
-    """Those of the paths below a folder that are no files."""
+    """The paths below a folder that are not files."""
     return [path for path in paths if not os.path.isfile(os.path.join(base + '/', path))]
 
 
 def latin_bytes(path):
-    """A path that was read as latin-1 with the bytes that it had: names in other code pages are so on the disk."""
+    """A path that was read as latin-1, with its original bytes: so the disk has names of other code pages."""
     return os.fsdecode(path.encode('latin-1', 'replace'))
 
 
 def check_one_each(frame, column, other, source):
-    """ValueError that names the first value of `column` that stands with two values of `other`."""
+    """ValueError that names the first value of `column` with two values of `other`."""
     pairs = frame[[column, other]].drop_duplicates()
     twice = pairs[pairs.duplicated(column, keep=False)].sort_values([column, other])
     if len(twice):

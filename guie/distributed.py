@@ -1,5 +1,5 @@
 """One or several GPUs: device, rank and precision of a process; launching several; a stop that waits for the step's end.
-Launched processes share a folder with the notebook: files in it say that stop was pressed, and what went wrong."""
+Launched processes share a folder with the notebook. Files in it say that stop was pressed, and what went wrong."""
 import codecs
 import json
 import os
@@ -22,8 +22,8 @@ from guie.files import OutputOfOthers, reason_of
 
 KINDS = Stopped, InputError, MissingError, FileError, MemoryFull, Diverged, ProcessError, KeyboardInterrupt
 ERRORS = {kind.__name__: kind for kind in KINDS}
-LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process says when another is gone
-WORDS = re.compile(r'([\w.]+(Error|Exception)(: |$))|.* error: |.*: No module named ')  # a reason, in what processes print
+LOST = re.compile('Connection (reset|closed) by peer|remote process exited')  # what a process prints when another is gone
+WORDS = re.compile(r'([\w.]+(Error|Exception)(: |$))|.* error: |.*: No module named ')  # how printed errors begin
 
 
 def best_device():
@@ -56,12 +56,12 @@ def rank_and_world_size():
 
 
 def processes_here():
-    """How many processes work: one a GPU, or one. Within a launched process it is one, since they are launched already."""
+    """How many processes to use: one a GPU, at least one. A launched process uses one, itself."""
     return 1 if rank_and_world_size()[1] > 1 else max(1, torch.cuda.device_count())
 
 
 def any_process(accelerator, *flags):
-    """The flags, each true if it is in any process: clocks differ, and all must save or stop at the same step."""
+    """Each flag, true if any process has it: clocks differ, but all must save or stop at the same step."""
     if accelerator.num_processes == 1:
         return flags
     total = accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=accelerator.device), 'sum')
@@ -70,10 +70,10 @@ def any_process(accelerator, *flags):
 
 @contextmanager
 def stop_signal(act=lambda: None):
-    """A list that Ctrl-C or a notebook's stop button fills, so that the step under way can end; the second press interrupts.
-    act() is called at the first press."""
+    """Yields a list that the first Ctrl-C, or press of a notebook's stop button, fills, so that the current step can end;
+    act() is called then. The second press interrupts."""
     pressed = []
-    if threading.current_thread() is not threading.main_thread():  # only there Python takes signals
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in that thread alone
         yield pressed
         return
     before = signal.getsignal(signal.SIGINT)
@@ -92,7 +92,7 @@ def stop_signal(act=lambda: None):
 
 
 def stop_requested(folder):
-    """In a launched process: whether the notebook asks to stop, or is gone; in any other False."""
+    """In a launched process: whether the notebook asks to stop, or is gone. Elsewhere False."""
     if 'GUIE_NOTEBOOK' not in os.environ:
         return False
     with suppress(psutil.NoSuchProcess):
@@ -102,11 +102,11 @@ def stop_requested(folder):
 
 
 def launch(module, folder, processes, *, stops=True):
-    """Runs `python -m module folder` in several processes by accelerate launch; prints what they print as it comes, out of
-    files: a pipe would break when the notebook is killed, before they have saved.
-    The stop button asks them to stop after the step under way, pressed twice it ends them; stops=False: the module never
-    looks for stop_requested, and the first press ends it. An error in one of them is raised here as itself; RuntimeError if
-    they could not start or were killed."""
+    """Runs `python -m module folder` in several processes by accelerate launch, and prints what they print. Their output
+    goes through files, since a pipe would break when the notebook is killed, before they have saved.
+    The stop button asks them to stop after the current step; a second press kills them. stops=False: for a module that never
+    asks stop_requested; the first press kills it. An error in one of them is raised here as itself; RuntimeError if they
+    could not start or were killed."""
     folder = Path(folder).absolute()
     for name in ('stop', 'error.json'):
         (folder / name).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def launch(module, folder, processes, *, stops=True):
                    'PYTHONUNBUFFERED': '1', 'GUIE_NOTEBOOK': str(os.getpid())}
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints, \
             stop_signal((folder / 'stop').touch) if stops else nullcontext():
-        # A session of its own: a notebook's stop button signals the whole group, and it is passed on as a file.
+        # In a session of its own: the stop button signals the notebook's group, and a file passes that on.
         try:
             child = subprocess.Popen(command, stdout=output, stderr=complaints, env=environment, start_new_session=True)
         except OSError as error:
@@ -144,7 +144,7 @@ def print_output(file, child):
 
 
 def end_launched(child):
-    """Ends a launcher that still runs, and its processes, which are in sessions of their own."""
+    """Kills a launcher that still runs, and its processes, which are in sessions of their own."""
     if child.poll() is None:
         launcher = psutil.Process(child.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
@@ -154,7 +154,7 @@ def end_launched(child):
 
 
 def raise_launched_error(folder, returncode, complaints, processes):
-    """Raises what launched processes left in error.json, or what they or their launcher complained of."""
+    """Raises the error in error.json, or else what the launched processes or their launcher printed as one."""
     name = message = ''
     with suppress(FileNotFoundError, ValueError):  # a full disk leaves half of it
         name, message = json.loads((folder / 'error.json').read_text())
@@ -162,7 +162,7 @@ def raise_launched_error(folder, returncode, complaints, processes):
         raise ERRORS.get(name, ProcessError)(message)
     if not returncode:
         return
-    codes = [returncode, *map(int, re.findall(r'exitcode *: (-?\d+)', complaints))]  # the last is that of the first to end
+    codes = [returncode, *map(int, re.findall(r'exitcode *: (-?\d+)', complaints))]  # the last one ended first
     of_launcher = 'via SIGKILL' in complaints  # it killed those that would not end
     if codes[-1] == -signal.SIGKILL or -signal.SIGKILL in codes and not of_launcher:  # others may abort when one is killed
         raise ProcessError(f'One of {processes} processes was killed, most likely because memory ran out: lower workers or '
@@ -175,8 +175,8 @@ def raise_launched_error(folder, returncode, complaints, processes):
 
 
 def first_reason(complaints):
-    """The first line of what processes printed that says why they ended, or else their first line.
-    It follows the indented lines of a traceback, or looks like an error; that another process is gone is no reason."""
+    """The first printed line that says why processes ended, or else their first line.
+    It follows the indented lines of a traceback, or looks like an error. That another process is gone is no reason."""
     lines = (re.sub(r'^\[rank\d+\]: ?', '', line).rstrip() for line in complaints.splitlines() if 'Warning' not in line)
     lines = [*filter(None, lines)]
     told = [line for before, line in zip(['', *lines], lines)
@@ -186,13 +186,13 @@ def first_reason(complaints):
 
 
 def report_error(folder, work):
-    """In a launched process: work(), and of all processes the first error is left in folder/error.json."""
+    """In a launched process: runs work(); the first error of all processes is left in folder/error.json."""
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:
         name = type(error).__name__
         message = str(error) if name in ERRORS else f'{name}: {" ".join(str(error).split())[:500]}'
-        with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because it is gone
+        with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because this one is gone
             json.dump([name, message], file)
         raise SystemExit(message) from None
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':

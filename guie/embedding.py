@@ -1,4 +1,4 @@
-"""Embedding: images to vectors, kept in files; `accelerate launch -m guie.embedding FOLDER` does it on several GPUs."""
+"""Embedding: images to vectors, cached in files; `accelerate launch -m guie.embedding FOLDER` runs it on several GPUs."""
 import json
 import sys
 import tempfile
@@ -25,9 +25,9 @@ WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer t
 
 def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None):
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
-    Launched processes each embed a part and all return the whole. cache: an .npz file that keeps vectors, paths and a hash
-    of weights and normalisation; it is used again when all agree. known: other such files, which are not written. An
-    unreadable image is named and becomes a black one; more than max_unreadable (as in ImageDataset) raise OSError."""
+    Launched processes embed a part each, and all return the whole. cache: an .npz file of vectors, paths and a hash of
+    weights and normalisation; it is used again if paths and hash agree. known: more such files, only read. Unreadable images
+    count as black ones, and are printed; more than max_unreadable (as in ImageDataset) raise OSError."""
     rank, processes = rank_and_world_size()
     caches = [*filter(None, [cache, *known])]
     dataset = ImageDataset(frame, model.spec.image_size, max_unreadable=max_unreadable)
@@ -45,7 +45,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
                              for batch in progress_bar(batches, desc, leave=False, disable=rank > 0)])
     model.to(home)
     if home.type == 'cpu':
-        torch.cuda.empty_cache()  # a notebook's GPU memory is free for what it launches
+        torch.cuda.empty_cache()  # frees the GPU for processes that the notebook launches
     unreadable = dataset.unreadable
     if processes > 1:  # (processes · each, dim) by rank -> by row
         vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
@@ -61,21 +61,21 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
 
 
 def vectors_hash(model):
-    """SHA-256 of all of an Embedder that its vectors depend on."""
-    numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # with mean and std
+    """16 hex digits of SHA-256 over everything that an Embedder's vectors depend on."""
+    numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # mean and std among them
     spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
     return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
 def cached_vectors(file, paths, key):
-    """The vectors in an .npz file that is of these images and this model, or None."""
+    """The vectors in an .npz file for these images and this model, or None."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(user_path(file)) as kept:
         if str(kept['hash' if 'hash' in kept else 'digest']) == key and np.array_equal(kept['paths'], paths):
             return kept['vectors']
 
 
 def save_vectors(file, vectors, paths, key):
-    """Writes an .npz file for cached_vectors. A disk that refuses costs only the time to embed again."""
+    """Saves an .npz file for cached_vectors. If the disk refuses, it prints that; only time is lost."""
     try:
         with whole_file(file) as beside:
             np.savez(beside, vectors=vectors, paths=paths, hash=key)
@@ -84,8 +84,8 @@ def save_vectors(file, vectors, paths, key):
 
 
 def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None):
-    """Vectors of several splits by name, on all GPUs, kept under `folder` if given: dict name -> float32 (n, dim).
-    known: a folder that may hold them already, as an attached run's, and is not written."""
+    """Vectors of several splits, on all GPUs, cached in `folder` if given: {name: float32 (n, dim)}.
+    known: a folder that may hold them already, such as an attached run's; it is only read."""
     processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
     launched = processes > 1 and sum(map(len, images.values())) >= WORTH_LAUNCHING and 'library' in model.spec.architecture
     with tempfile.TemporaryDirectory() as job:
@@ -112,7 +112,7 @@ def selection_score(model, splits):
 
 
 def main(folder):
-    """In a launched process: what embed_all wrote into the folder, all processes together."""
+    """In a launched process: embeds what embed_all wrote into the folder, together with the others."""
     model, splits = load_run(folder), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():
         embed(model, splits[name], desc=name, **files)

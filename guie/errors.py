@@ -1,20 +1,20 @@
-"""Errors: what a user can mend, each one sentence; a notebook shows the sentence without a traceback."""
+"""Errors: those that a user can fix, one sentence each; a notebook shows the sentence without a traceback."""
 
 
 class OneSentence:
-    """An error that says what is wrong and what to do; its traceback, for whoever looks for a fault here, is kept."""
+    """An error that says what is wrong and what to do. It keeps its traceback, for whoever looks for a bug here."""
 
     def _render_traceback_(self):
-        """What IPython asks for in the place of a traceback."""
+        """What IPython shows instead of a traceback."""
         return [f'{type(self).__name__}: {self}']
 
 
 class InputError(OneSentence, ValueError):
-    """A value, a table or a file's content that cannot be used."""
+    """A value, a table or a file whose content cannot be used."""
 
 
 class MissingError(OneSentence, FileNotFoundError):
-    """A file or folder that is not there, or holds something else."""
+    """A file or folder that does not exist, or holds something else."""
 
 
 class FileError(OneSentence, OSError):
@@ -30,7 +30,7 @@ class Diverged(OneSentence, FloatingPointError):
 
 
 class ProcessError(OneSentence, RuntimeError):
-    """Another process, or the machine, does not do what is asked of it."""
+    """Another process, or the machine, cannot do what was asked of it."""
 
 
 class Stopped(OneSentence, Exception):

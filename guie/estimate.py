@@ -11,7 +11,7 @@ from guie.towers import unloaded_tower
 
 def forward_cost(config):
     """(floating point operations, parameters) of a configuration's image tower for one image; a multiplication and an
-    addition are two. Nothing is downloaded or computed: torch's own counter sees shapes alone."""
+    addition count as two. Nothing is downloaded or computed: torch's own counter needs shapes alone."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
         tower = unloaded_tower(config)
         tower(torch.zeros(1, 3, config.image_size, config.image_size))
@@ -19,7 +19,7 @@ def forward_cost(config):
 
 
 def matmul_rate(precision='auto', side=1024, seconds=.2):
-    """Floating point operations a second of this process's device in large matrix products, measured in a moment."""
+    """Floating point operations a second that this process's device reaches in large matrix products, measured here."""
     device = best_device()
     side, dtype = (4 * side, autocast_dtype(precision)) if device.type == 'cuda' else (side, None)
     matrix = torch.ones(side, side, device=device, dtype=dtype or torch.float32)
@@ -32,7 +32,7 @@ def matmul_rate(precision='auto', side=1024, seconds=.2):
 
 
 def training_cost(config, images):
-    """Floating point operations of all stages of a run on so many images: forward, and twice that backward."""
+    """Floating point operations of all stages of a run: once forward, twice that backward, once more if recomputed."""
     total = 0
     for stage in config.each_stage():
         passes = 1 if stage.trains == 'head' else 4 if stage.checkpoint_activations else 3

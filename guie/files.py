@@ -20,7 +20,7 @@ ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount att
 
 
 def user_path(path):
-    """A path as people write it, as Path: '~', '$HOME' and blanks around names are resolved where nothing is called so."""
+    """A path as people write it, as Path: resolves '~', '$HOME' and blanks around names, unless that very name exists."""
     text = os.fsdecode(path)
     if text.lstrip().startswith('~') or not os.path.lexists(text):
         text = os.path.expanduser(text.lstrip())
@@ -31,7 +31,7 @@ def user_path(path):
 
 
 def literal(value, *kinds):
-    """What a text holds as JSON or as a Python literal, if that is of these kinds; else the value as it is.
+    """The value in a text that is JSON or a Python literal of one of these kinds; any other value as it is.
     papermill passes dicts, lists and tuples as text."""
     for read in (json.loads, ast.literal_eval) if isinstance(value, str) else ():
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -42,8 +42,8 @@ def literal(value, *kinds):
 
 @contextmanager
 def whole_file(path):
-    """A path beside `path` for the block to write a file to, which then replaces `path`: a reader never sees half a file.
-    OSError, in one sentence, if the block cannot write; what was there is unchanged."""
+    """Yields a path to write a file to; the file then replaces `path`, so that a reader never sees half a file.
+    OSError, in one sentence, if the block cannot write; the old file stays."""
     path = user_path(path)
     beside = path.with_name(f'.part-{path.name}')
     try:
@@ -59,45 +59,45 @@ def whole_file(path):
 
 
 def reason_of(error):
-    """Why something failed, in one line: what the system says, or an error's own first line."""
+    """Why something failed, in one line: the system's words, or else the error's first line."""
     return getattr(error, 'strerror', None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path, text):
-    """Writes a text file, whole or not at all; in UTF-8, but for paths that are not, which keep their bytes."""
+    """Writes a text file in UTF-8, whole or not at all; paths that are not UTF-8 keep their bytes."""
     with whole_file(path) as beside:
         beside.write_text(text, 'utf-8', 'surrogateescape')
 
 
 def printable(text):
-    """A text that print and figures can show: bytes of a path that are no UTF-8 as '\\udcff'."""
+    """A text that print and figures can show: bytes of a path that are not UTF-8 become '\\udcff'."""
     return text.encode(errors='backslashreplace').decode()
 
 
 def attached_folders(places=ATTACHED, depth=6):
-    """Yields the places and the folders up to `depth` levels below them as str, the least deep first, each level sorted."""
+    """Yields the places and the folders up to `depth` levels below them as str, level by level, each sorted."""
     level = [os.path.abspath(user_path(place)) for place in places]
     for _ in range(depth + 1):
         yield from level
-        level = [os.path.join(folder, name) for folder in level[:2000]  # os.walk passes over what cannot be read
+        level = [os.path.join(folder, name) for folder in level[:2000]  # os.walk skips what cannot be read
                  for name in sorted(next(os.walk(folder), ((), ()))[1])]
 
 
 def scratch_folder(out_dir, working='/kaggle/working', scratch='/tmp'):
-    """The folder for what a notebook compares and does not keep -> Path: on Kaggle, where all of /kaggle/working, about
-    20 GB, becomes the version's output, /tmp/<name of out_dir>; elsewhere out_dir itself."""
+    """The folder for what a notebook compares but does not keep -> Path. On Kaggle it is /tmp/<name of out_dir>, since all
+    of /kaggle/working (about 20 GB) becomes the version's output; elsewhere it is out_dir."""
     out_dir = user_path(out_dir)
     on_kaggle = Path(working).is_dir() and Path(scratch).is_dir()
     return Path(scratch, out_dir.absolute().name) if on_kaggle else out_dir
 
 
 def copy_to_kaggle_output(path, folder='/kaggle/working'):
-    """On Kaggle, copies a submission to <folder>/submission.zip, where the competition looks for it; elsewhere nothing."""
+    """On Kaggle, copies a submission to <folder>/submission.zip, where the competition looks for it."""
     path, target = user_path(path), Path(folder, 'submission.zip')
     if not target.parent.is_dir() or target.exists() and target.samefile(path):
         return
     with whole_file(target) as beside:
-        beside.unlink(missing_ok=True)  # else a killed copy's link would be written through
+        beside.unlink(missing_ok=True)  # a killed copy may have left a link, and copying would write through it
         try:
             os.link(path, beside)
         except OSError:  # another file system
@@ -132,7 +132,7 @@ def did_you_mean(name, names):
 
 
 class LiveLine:
-    """One output of a notebook's cell that is rewritten in place, so that a saved copy keeps its last text."""
+    """One output of a notebook's cell that is rewritten in place; a saved copy keeps its last text."""
 
     def __init__(self):
         self.shown = None  # IPython's handle of that output
@@ -157,7 +157,7 @@ class NotebookBar(tqdm):
 
 
 class OutputOfOthers:
-    """Prints what another process prints; in a notebook a line that it rewrites, as a bar, is one LiveLine."""
+    """Prints what another process prints; in a notebook a line that it rewrites, such as a bar, is one LiveLine."""
 
     def __init__(self):
         self.rest, self.live = '', None
@@ -177,7 +177,7 @@ class OutputOfOthers:
         if '\r' not in line and self.live is None:
             return print(line)
         texts = [text for text in line.split('\r') if text.strip()]
-        if texts:  # a bar that is not to stay is wiped with blanks
+        if texts:  # a bar of leave=False is wiped with blanks
             self.live = self.live or LiveLine()
             self.live.write(texts[-1].rstrip())
 
@@ -188,8 +188,8 @@ def in_notebook():
 
 
 def progress_bar(iterable=None, desc=None, **options):
-    """tqdm; in a notebook one plain line, which stays. leave=False: there it stays too, but only work of two seconds or more
-    shows a line at all, since an output cannot be taken back."""
+    """tqdm; in a notebook one plain line, which stays. leave=False: an output cannot be taken back, so there a line shows
+    only for work of two seconds or more."""
     if in_notebook():
         delay = 0 if options.pop('leave', True) else 2
         return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, delay=delay, **options)

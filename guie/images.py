@@ -1,4 +1,4 @@
-"""Images: a file becomes a square of uint8 pixels, augmented, in batches that are the same whatever the workers."""
+"""Images: a file becomes a square of uint8 pixels, augmented, in batches that do not depend on the number of workers."""
 import io
 import os
 import warnings
@@ -20,14 +20,14 @@ from guie.errors import FileError, InputError
 from guie.files import did_you_mean
 
 IMAGE_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'AVIF', 'HEIF', 'JPEG2000', 'TIFF', 'GIF', 'BMP', 'DIB', 'PPM', 'QOI')
-# Pillow knows more: some run other programs, some have no signature and would make pictures of damaged files
+# Of Pillow's other formats some run other programs, and some have no signature and would show damaged files
 NEEDED = {'heic': 'pillow-heif', 'heif': 'pillow-heif', 'hif': 'pillow-heif', 'avif': 'pillow 11.3 or later'}
-WHITE = (1, 255, 1023, 4095, 16383, 65535)  # what counts as white in images of more than 8 bits, which do not say it
+WHITE = (1, 255, 1023, 4095, 16383, 65535)  # possible whites of images of more than 8 bits, which do not name theirs
 
 
 @cache
 def register_plugins():
-    """Lets Pillow read all that it can here: HEIC, as phones write it, by a plugin that may be installed."""
+    """Loads all formats that Pillow can read here; for HEIC, the format of phones, a plugin may be installed."""
     Image.init()
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
@@ -35,20 +35,20 @@ def register_plugins():
 
 
 def image_suffixes():
-    """Suffixes, without the dot and in small letters, of the files that Pillow reads here: {'jpg', 'png', ...}."""
+    """Suffixes, without the dot and in lower case, of the files that Pillow reads here: {'jpg', 'png', ...}."""
     register_plugins()
     return {suffix[1:] for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
 
 
 def read_image(path, size, max_pixels=89_000_000):
-    """An image file as RGB Image, upright, squashed to (size, size) by antialiased bicubic; alpha on white: read_pixels."""
+    """An image file as upright RGB Image, squashed to (size, size) by antialiased bicubic, alpha on white (read_pixels)."""
     return Image.fromarray(read_pixels(path, size, max_pixels).numpy())
 
 
 def read_pixels(path, size, max_pixels=89_000_000):
     """What read_image shows, as uint8 (size, size, 3). OSError, naming the file, if it cannot be decoded or is too large.
-    JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error. What
-    is decoded counts, so a JPEG may have 8 times max_pixels, or 4 times if it is progressive and all of it held at once."""
+    JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error.
+    max_pixels limits what is decoded, so a JPEG may have 8 times as many, or 4 times if it is progressive and held whole."""
     try:
         try:
             return decode(path, size, max_pixels)
@@ -84,14 +84,14 @@ def check_size(image, most):
 
 
 def without_texts(path, error):
-    """The bytes of a PNG without texts and profile, of which Pillow refuses more than a megabyte; else raises `error`."""
+    """The bytes of a PNG without texts and profile: Pillow refuses more than a megabyte of them. Else raises `error`."""
     with open(path, 'rb') as file:
         kept = [file.read(8)]
         if kept[0] != b'\x89PNG\r\n\x1a\n':
             raise error
         while len(head := file.read(8)) == 8:
             body = file.read(int.from_bytes(head[:4], 'big') + 4)
-            if head[4:5].isupper() or head[4:] in (b'tRNS', b'eXIf'):  # a capital: the picture depends on it
+            if head[4:5].isupper() or head[4:] in (b'tRNS', b'eXIf'):  # a capital: needed to decode the image
                 kept += head, body
     return io.BytesIO(b''.join(kept))
 
@@ -103,11 +103,11 @@ def to_rgb(image):
     elif image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image if image.mode == 'RGB' else image.convert('RGB')  # which would copy
+    return image if image.mode == 'RGB' else image.convert('RGB')  # convert would copy
 
 
 def to_grey(image):
-    """A Pillow image of 16 or 32 bits or of floats as 8 bits: black is 0, white the smallest of WHITE that nothing exceeds.
+    """A Pillow image of 16 or 32 bits or of floats as 8 bits: black is 0, white the smallest of WHITE that no value exceeds.
     The transparent grey of a PNG becomes white."""
     values = np.array(image, np.float32)
     clear = values == image.info.get('transparency', np.nan)
@@ -120,10 +120,10 @@ def to_grey(image):
 
 
 def squash(image, size, box):
-    """uint8 (size, size, 3) by torch's kernel: Pillow's bicubic within 2 levels, in less than half of its time. `box` is the
-    exact extent: 427 rows decoded at half scale are 214, of which 213.5 are picture."""
+    """uint8 (size, size, 3) by torch's kernel: within 2 levels of Pillow's bicubic, in less than half of its time. `box` is
+    the exact extent: 427 rows decoded at half scale are 214, but the image ends at 213.5."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that bytes cannot be written to: nobody does, and another copy takes .3 ms
+        warnings.simplefilter('ignore')  # bytes are read-only: nobody writes to them, and a copy takes .3 ms
         pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(1, *image.size[::-1], 3).permute(0, 3, 1, 2)
     scale = [size / side * (1 + 1e-9) for side in (box[3], box[2])]  # the output's side is rounded down
     return F.interpolate(pixels, scale_factor=scale, mode='bicubic', antialias=True)[0].permute(1, 2, 0)
@@ -141,12 +141,12 @@ def upright(pixels, image):
 
 
 def uniform(low, high):
-    """A random number from torch's generator, as all of an augmentation's randomness."""
+    """A random number from torch's generator, which all of an augmentation's randomness comes from."""
     return torch.empty(1).uniform_(low, high).item()
 
 
 def shift_scale_rotate(image, shift, scale, angle, border):
-    """One random similarity about the centre; `border` says, as cv2 does, what comes in."""
+    """A random shift, scale and rotation about the centre; `border` names cv2's way to fill the edge."""
     centre = [(side - 1) / 2 for side in image.size]
     matrix = cv2.getRotationMatrix2D(centre, uniform(-angle, angle), 1 + uniform(-scale, scale))
     matrix[:, 2] += [side * uniform(-shift, shift) for side in image.size]
@@ -206,16 +206,16 @@ def augmentation(name):
 class ImageDataset(Dataset):
     """The images of a table with columns path, label: dataset[epoch, i], or dataset[i] for epoch 0.
     An item is {'image': uint8 (3, size, size), 'target': int, 'index': i}; what is random depends on (seed, epoch, i) alone.
-    Targets default to the rank of the label. With `replace` (training) an unreadable image gives way to the next readable
-    one of its class, or else of any class; without it (evaluation) its image is black. More than `max_unreadable` (None:
-    100, or one in a hundred) raise OSError."""
+    Targets default to the rank of the label. With `replace` (training) the next readable image of its class, or else of any
+    class, replaces an unreadable one. Without it (evaluation) its image is black. More than `max_unreadable` (None: 100, or
+    one in a hundred if that is more) raise OSError."""
 
     def __init__(self, frame, size, augment='none', *, seed=5, targets=None, replace=False, max_unreadable=None):
         self.paths = frame['path'].tolist()
         ranks, _ = pd.factorize(frame['label'], sort=True)
         self.targets = ranks if targets is None else np.asarray(targets)
         transform = augmentation(augment)
-        self.transform = None if augment == 'none' else transform  # which would only make an image of pixels and back
+        self.transform = None if augment == 'none' else transform  # it would only turn pixels into an image and back
         self.size, self.seed, self.replace = size, seed, replace
         self.max_unreadable = max(100, len(frame) // 100) if max_unreadable is None else max_unreadable
         self.bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
@@ -236,11 +236,11 @@ class ImageDataset(Dataset):
     @property
     def unreadable(self):
         """Paths of the images that could not be read so far, by whichever worker."""
-        bad = self.bad.clone()  # nonzero counts, then looks again, and fails where a worker wrote between
+        bad = self.bad.clone()  # nonzero reads twice, and fails if a worker writes in between
         return [self.paths[index] for index in bad.nonzero().flatten().tolist()]
 
     def readable(self, index):
-        """(pixels, index of the image that they are of) for an image, or for what replaces it."""
+        """(pixels, index of their image) of an image, or of the one that replaces it."""
         for source in chain([index], self.others(index) if self.replace else ()):
             try:
                 return read_pixels(self.paths[source], self.size), source
@@ -261,7 +261,7 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def seeded(*entropy):
-    """torch's CPU generator seeded from `entropy` for a while; then its stream continues where it was."""
+    """Seeds torch's CPU generator from `entropy` within the block; after it the stream continues where it was."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
@@ -272,10 +272,10 @@ def seeded(*entropy):
 
 
 def loader(dataset, batch_size, *, train=False, epoch=0, start=0, rank=0, processes=1, workers=None):
-    """DataLoader over an ImageDataset, for one pass; it draws nothing from torch's global generator.
-    Evaluation: every image in order; of several processes each takes every `processes`-th, as many as the others, so that
-    the last may repeat some. Training: full batches in an order that depends on (dataset.seed, epoch) alone, from position
-    `start` on (the samples that all processes have used of this epoch). `workers` None: up to 8 where there is a GPU or 8
+    """DataLoader for one pass over an ImageDataset; it draws nothing from torch's global generator.
+    Evaluation: every image in order. Of several processes each takes every `processes`-th image, as many as the others; the
+    last images may repeat some. Training: full batches in an order that depends on (dataset.seed, epoch) alone, from
+    position `start` on (the images of this epoch that all processes have used). `workers` None: up to 8 with a GPU or 8
     cores, else 0, since the tower then needs the cores itself."""
     if train and len(dataset) < batch_size:
         raise InputError(f'{len(dataset)} images do not fill a batch of {batch_size}; lower the batch size.')
@@ -294,6 +294,6 @@ def loader(dataset, batch_size, *, train=False, epoch=0, start=0, rank=0, proces
 
 
 def one_thread(_):
-    """For a worker: the cores are the other workers'."""
+    """In a worker: one thread, since the other cores are for the other workers."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

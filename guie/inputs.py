@@ -1,4 +1,4 @@
-"""Inputs: data sets that are Kaggle's, fetched by kagglehub in a notebook of Kaggle or Colab; elsewhere, how to get them."""
+"""Inputs: Kaggle's data sets, fetched by kagglehub in a notebook of Kaggle or Colab; elsewhere, how to get them."""
 import os
 import sys
 from contextlib import suppress
@@ -10,7 +10,7 @@ WHERE = 'https://www.kaggle.com'
 
 
 def host():
-    """'Kaggle' or 'Colab', whose notebook this is, or ''."""
+    """'Kaggle' or 'Colab' in a notebook there, else ''."""
     if 'KAGGLE_KERNEL_RUN_TYPE' in os.environ:
         return 'Kaggle'
     return 'Colab' if 'google.colab' in sys.modules else ''
@@ -22,7 +22,7 @@ def page_of(handle):
 
 
 def way_to(handle):
-    """How to get a dataset 'owner/name' or a competition's data, in words that end a sentence; '' has no such way."""
+    """How to get a dataset 'owner/name', a competition's data, or a set not on Kaggle (''), as the end of a sentence."""
     kind = 'dataset' if '/' in handle else 'competition'
     rules = '' if '/' in handle else f' (accept its rules once, at {page_of(handle)}/rules)'
     if not handle:
@@ -33,10 +33,10 @@ def way_to(handle):
 
 
 def download(handle):
-    """The folder of a dataset 'owner/name' or of a competition's data, attached or downloaded by kagglehub -> str; None
-    where that is not available: only in Kaggle's and Colab's notebooks does a download begin by itself. FileNotFoundError,
-    in one sentence, if it fails. Never call it in a notebook that submits: fetching a competition's data made the host's
-    reruns of such notebooks fail (kagglehub #258)."""
+    """The folder of a dataset 'owner/name' or of a competition's data, attached or downloaded by kagglehub -> str. None
+    without kagglehub, or outside of Kaggle's and Colab's notebooks, where no download starts unasked. FileNotFoundError, in
+    one sentence, if it fails. Never call it in a notebook that submits: the host's reruns of notebooks that fetched a
+    competition's data failed (kagglehub #258)."""
     kagglehub = None
     with suppress(ImportError):
         if host():
@@ -46,13 +46,13 @@ def download(handle):
     print(f'{handle}: fetched by kagglehub from {page_of(handle)}')
     try:
         return (kagglehub.dataset_download if '/' in handle else kagglehub.competition_download)(handle)
-    except Exception as error:  # requests', kagglehub's and Kaggle's own
+    except Exception as error:  # of requests, kagglehub and Kaggle
         raise MissingError(f'{handle} could not be fetched by kagglehub ({reason_of(error).rstrip(".")}): '
                            f'{advice(handle, error)}.') from error
 
 
 def advice(handle, error):
-    """What to do after an error of kagglehub, in words that end a sentence."""
+    """What to do after an error of kagglehub, as the end of a sentence."""
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if status in (401, 403) or type(error).__name__ in ('UnauthenticatedError', 'CredentialError'):
         token = f'make a token at {WHERE}/settings/api and keep it as the secret KAGGLE_API_TOKEN'

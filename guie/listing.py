@@ -1,4 +1,4 @@
-"""Listing: which files are images, one rule for folders and label files; what is passed over is counted."""
+"""Listing: which files are images, by one rule for folders and label files; what is skipped is counted."""
 import os
 from collections import Counter
 from functools import cache
@@ -13,20 +13,20 @@ COMPANIONS = ('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN', 'System Volume I
 
 
 def hidden(name):
-    """Whether a file or folder of this name belongs to a system or a program, as macOS' companions '._1.jpg'."""
+    """Whether a file or folder of this name belongs to a system or a program, such as macOS's companions '._1.jpg'."""
     return name[0] == '.' or name in COMPANIONS
 
 
 def is_image(name, suffixes):
-    """Whether a file of this name is an image, as far as the name says. suffixes: of image_suffixes."""
+    """Whether a file's name is that of an image. suffixes: from image_suffixes."""
     _, dot, suffix = name.rpartition('.')
     return bool(dot) and suffix.lower() in suffixes and name[0] != '.'
 
 
 def walk_images(root):
-    """(sorted names below root of all image files, as '/cat/1.jpg'; a Counter of what else there is, by suffix).
+    """(sorted names of all image files below root, as '/cat/1.jpg'; a Counter of the other files, by suffix).
     A file's suffix decides. Hidden files and folders do not count. No folder is listed twice: links to folders are followed
-    after all others, unless they lead to one that was listed or that they lie in."""
+    last, unless their target was listed already or holds the link itself."""
     found, passed, suffixes, starts, seen = [], Counter(), image_suffixes(), [root], set()
 
     def count(error):
@@ -59,8 +59,8 @@ def leads_up(link):
 
 
 def only_images(frame, file):
-    """The rows of a label file that walk_images would list, and those without suffix; prints what the others were.
-    Folders that all paths share may be hidden: who lists them means them."""
+    """The rows of a label file that walk_images would list, and those without a suffix; prints what the others were.
+    Folders that all paths share may be hidden: whoever lists them means them."""
     paths, suffixes = frame['path'].tolist(), image_suffixes()
     strange = {end for end in {path[path.rfind('.') + 1:] for path in paths}
                if end.lower() not in suffixes and '/' not in end}
@@ -78,7 +78,7 @@ def only_images(frame, file):
 
 
 def holds(paths, *marks):
-    """Whether one of the marks is in one of the paths, each of which begins after a newline."""
+    """Whether one of the paths contains one of the marks; a newline in a mark stands for the beginning of a path."""
     text = '\n' + '\n'.join(paths.tolist())  # one search in C: ten million rows take seconds
     return any(mark in text for mark in marks)
 
@@ -89,7 +89,7 @@ def suffix_of(path):
 
 
 def tally(passed):
-    """A Counter of what is no image here, as words."""
+    """A Counter of skipped files, as words."""
     words = [f'{kind} {count:,}' + (f' (needs {NEEDED[kind[1:]]})' if kind[1:] in NEEDED else '')
              for kind, count in passed.most_common(8)]
     rest = passed.total() - sum(count for _, count in passed.most_common(8))
@@ -97,13 +97,13 @@ def tally(passed):
 
 
 def say_passed(source, passed):
-    """Prints what was passed over, if anything was."""
+    """Prints what was skipped, if anything was."""
     if passed:
         print(printable(f'{source}: passed over {tally(passed)}'))
 
 
 def contents_of(folder, passed=()):
-    """A folder and the first names in it, for an error sentence, and what walk_images passed over."""
+    """A folder, the first names in it and what walk_images skipped, for an error sentence."""
     _, folders, files = next(os.walk(folder), ('', [], ['unreadable' if os.path.isdir(folder) else 'no such folder']))
     words = f', passed over {tally(passed)}' if passed else ''
     return f'{folder} ({", ".join(sorted([*folders, *files])[:8]) or "empty"}){words}'

@@ -6,9 +6,9 @@ from guie.errors import InputError
 
 
 def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
-    """A margin a class, wider for rare ones: n^-power, scaled from its least to its greatest value onto low … low+width.
-    counts: images a class (C,), all > 0. Returns float32 (C,), radians. Equal counts leave nothing to tell the classes
-    apart: all take the middle (the published code divides 0 by 0 there). Source: arXiv 2210.11141, sec. 3."""
+    """A margin for each class, wider for rare ones: n^-power, scaled so that it runs from low to low+width.
+    counts: images a class (C,), all > 0. Returns float32 (C,), radians. If all counts are equal, all margins are the middle
+    (the published code divides 0 by 0 there). Source: arXiv 2210.11141, sec. 3."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if len(counts) == 0 or counts.min() < 1:
         raise InputError('Every class needs at least one image to have a margin; drop the empty classes first.')
@@ -20,8 +20,8 @@ def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
 
 def arcface_loss(cosine, labels, margins, scale=30.0):
     """Additive angular margin (Deng 2019, eq. 3): cross-entropy of scale · cos(θ + m) at the label, scale · cos θ elsewhere.
-    cosine: float (n, C); labels: int64 (n,); margins: float (C,), radians. Where θ + m would pass π the logit goes on
-    falling as cos θ - m·sin m. Finite gradients at cos θ = ±1. Returns the mean over the batch, a float32 scalar."""
+    cosine: float (n, C); labels: int64 (n,); margins: float (C,), radians. Where θ + m exceeds π the logit is cos θ - m·sin
+    m, so that it keeps falling. Finite gradients at cos θ = ±1. Returns the mean over the batch, a float32 scalar."""
     margin = margins.to(cosine.device, torch.float32)[labels]
     cosine = cosine.float()
     target = cosine.gather(1, labels[:, None]).squeeze(1)

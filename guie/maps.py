@@ -17,10 +17,10 @@ PARTS, COLOURS = ('query', 'index'), ('tab:orange', 'tab:blue')
 
 
 def plot_similarities(splits, models, *, pairs=200_000, seed=5):
-    """Histograms, one a model, of the cosine similarities between queries and index images of the same object and of
-    different ones; in its title how often, in percent, a pair of the same object is more alike than one of different objects
-    (the area under the ROC curve). models: {title: vectors} or {title: (vectors, projection)}, as for compare_neighbours.
-    At most `pairs` pairs, half of them of the same object, are drawn by the seed, the same for all models. Without pairs of
+    """Histograms, one a model, of cosine similarities between queries and index images of the same object and of different
+    ones. The title says how often, in percent, a pair of the same object is more alike than one of different objects (the
+    area under the ROC curve). models: {title: vectors} or {title: (vectors, projection)}, as for compare_neighbours. The
+    seed draws at most `pairs` pairs, half of them of the same object, which are the same for all models. Without pairs of
     both kinds it prints a sentence instead."""
     kinds = [sample_pairs(splits, same, pairs // 2, np.random.default_rng(seed)) for same in (True, False)]
     for words, (queries, _) in zip(('the same object', 'different objects'), kinds):
@@ -42,8 +42,8 @@ def plot_similarities(splits, models, *, pairs=200_000, seed=5):
 
 
 def sample_pairs(splits, same, most, rng):
-    """(queries, index images), positions of at most `most` pairs, no two alike, of the same object or of different ones;
-    never an image with itself."""
+    """(queries, index images): positions of at most `most` different pairs, of the same object or of different ones; an
+    image is never paired with itself."""
     query, index = np.split(codes(splits['query']['label'], splits['index']['label']), [len(splits['query'])])
     order = np.argsort(index, kind='stable')
     first, last = (np.searchsorted(index[order], query, side) for side in ('left', 'right'))
@@ -67,7 +67,7 @@ def similarities(points, kinds):
 
 
 def check_finite(numbers):
-    """The numbers; ValueError if some are none."""
+    """The numbers; ValueError if any is NaN or infinite."""
     if not np.isfinite(numbers).all():
         raise InputError('Vectors of this figure hold NaN or infinite values: leave their images out or embed them again.')
     return numbers
@@ -81,11 +81,11 @@ def area_under_curve(high, low):
 
 
 def show_map(splits, vectors, projection=None, *, images=200, seed=5):
-    """Up to 1,000 query and index vectors on a plane, near ones near each other (t-SNE; of fewer than ten different vectors
-    a PCA): at most `images` as images, framed by whether they are queries and joined by lines to those of the same object,
-    the others as dots. splits, vectors, projection: as for show_neighbours. Five images of each object are taken before more
-    of any, and queried objects before others; the seed chooses. Index images that are queries too are shown once. An image
-    that cannot be read is a marked black one, and named. ValueError: numbers that do not fit."""
+    """Up to 1,000 query and index vectors on a plane, near ones near each other (t-SNE; a PCA for fewer than ten different
+    vectors). At most `images` are drawn as images, framed by whether they are queries, with lines between those of the same
+    object; the others are dots. splits, vectors, projection: as for show_neighbours. Five images of each object come before
+    more of any, and queried objects before others; the seed chooses. Index images that are queries too are shown once. An
+    unreadable image is black with a cross, and printed. ValueError: vectors that do not fit the images."""
     points, table = points_of(splits, (vectors, projection)), sample_images(splits, 1000, np.random.default_rng(seed))
     places = on_plane(check_finite(np.stack([points[part][row] for part, row in zip(table['part'], table['row'])])), seed)
     shown, centres, side = thin_out(places, images)
@@ -123,17 +123,17 @@ def sample_images(splits, most, rng):
 
 def on_plane(points, seed):
     """float (n, d) -> (n, 2), both columns from 0 to 1."""
-    from sklearn.manifold import TSNE  # which takes a second, whatever is imported from here
+    from sklearn.manifold import TSNE  # takes a second to import
     from threadpoolctl import threadpool_limits
 
-    points = points - points[0]  # equal ones become 0
+    points = points - points[0]  # equal rows become 0
     points = points - points.mean(0)
     if len(np.unique(points, axis=0)) < 10 or points.shape[1] < 2:
         left, scale, _ = np.linalg.svd(points, full_matrices=False)
         plane = np.pad(left * scale, ((0, 0), (0, 2)))[:, :2]
     else:
         tsne = TSNE(perplexity=min(30, len(points) / 4), init='pca', max_iter=500, random_state=seed)
-        with threadpool_limits(1):  # several wait for each other: three times as long on busy cores
+        with threadpool_limits(1):  # several take three times as long on busy cores
             plane = tsne.fit_transform(points)
     plane = plane - plane.min(0)
     spread = plane.max(0)
@@ -141,8 +141,8 @@ def on_plane(points, seed):
 
 
 def thin_out(places, most):
-    """Which of the points (n, 2) in 0…1 can be images that do not cover each other, the first in each cell of a grid:
-    positions of as many as there can be, at most `most`; the centres (m, 2) of their cells; a side that leaves space."""
+    """Which of the points (n, 2) in 0…1 can be images that do not cover each other: the first in each cell of a grid, as
+    many as possible up to `most`. Returns their positions, the centres (m, 2) of their cells and a side that leaves gaps."""
     finest = max(8, round((1.5 * min(most, len(places))) ** .5))
     grids = [(across, *np.unique((places * across).clip(max=across - 1).astype(int), axis=0, return_index=True))
              for across in range(1, finest + 1)]
@@ -151,7 +151,7 @@ def thin_out(places, most):
 
 
 def links(places, objects):
-    """Lines (m, 2, 2) from the first of the places of each object to its others."""
+    """Lines (m, 2, 2) from the first place of each object to its others."""
     _, first, of = np.unique(objects, return_index=True, return_inverse=True)
     lines = np.stack([places[first[of]], places], 1)
     return lines[first[of] != np.arange(len(places))]

@@ -1,4 +1,4 @@
-"""What a training run will take, in memory and on disk, before it starts, and what to change where that is too much.
+"""Memory: what a training run needs, in memory and on disk, before it starts, and what to change if that is too much.
 
 Shapes alone decide it: the tower makes a forward pass on torch's meta device, whose tensors have no values."""
 import copy
@@ -19,9 +19,9 @@ from guie.model import freeze, resize
 from guie.towers import block_modules, checkpoint_activations
 
 RESERVE = 2**30  # bytes of a GPU that no tensor gets: CUDA itself, cuBLAS' workspace, gaps between blocks
-# Of the operations that fill a tower, those that torch.autocast computes on a GPU in half precision, and in float32
+# A tower's larger operations that torch.autocast computes on a GPU in half precision, and those in float32
 IN_HALF = {*'linear conv1d conv2d matmul mm bmm addmm baddbmm einsum scaled_dot_product_attention'.split()}
-IN_FLOAT = {'layer_norm', 'group_norm', 'softmax', 'multi_head_attention_forward'}  # the last for simplicity: poolers alone
+IN_FLOAT = {'layer_norm', 'group_norm', 'softmax', 'multi_head_attention_forward'}  # the last for simplicity: of poolers
 
 
 class FusedAttention(torch.autograd.Function):
@@ -36,7 +36,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Attention is the fused one, and with `half` products are of that dtype, as under torch.autocast."""
+    """Computes attention fused and, with `half`, products in that dtype, as torch.autocast does."""
 
     def __init__(self, half):
         super().__init__()
@@ -52,10 +52,10 @@ class AsOnGPU(TorchFunctionMode):
 
 
 def on_meta(model):
-    """A copy of the model on the meta device; no value is copied on the way."""
+    """A copy of the model on the meta device, made without copying values."""
     copies = {id(tensor): torch.empty_like(tensor, device='meta', requires_grad=tensor.requires_grad)
               for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, copies)  # which takes what it finds there for copied
+    return copy.deepcopy(model, copies)  # it takes these for the copies
 
 
 def forward_pass(tower, images, half):
@@ -80,7 +80,7 @@ def forward_pass(tower, images, half):
 
 
 def activation_bytes(model, config, half):
-    """Bytes of activations at the moment when there are most; the model, on the meta device, is changed."""
+    """Bytes of activations at their peak; the model, on the meta device, is changed."""
     tower, centers, side = model.tower, model.head.centers, config.image_size
     images = torch.empty(config.batch_size, 3, side, side, device='meta')
     kept, parts = forward_pass(tower, images, half)
@@ -88,14 +88,14 @@ def activation_bytes(model, config, half):
     if config.checkpoint_activations:
         checkpoint_activations(tower)
         kept, again = forward_pass(tower, images, half)
-        # What is recomputed as one keeps no more than its input; in the backward pass it has all that it kept at first.
+        # A part that is recomputed keeps no more than its input, until the backward pass; then it holds all of its own.
         most = max([kept, *(before + parts[part][2] for part, (given, before, its) in again.items()
                             if its <= given and part in parts)])
         # Autocast's copies of the weights stay until the pass ends; where nothing is recomputed autograd keeps them anyway.
         copies = sum(weight.numel() * half.itemsize for weight in tower.parameters() if half and weight.requires_grad)
-    # The centres' gradient comes in two parts, of their products and of their lengths, when autocast's copies are gone.
+    # The centres' gradient has two parts, of their products and of their lengths, after autocast's copies are freed.
     head = max(copies, 2 * centers.nbytes) + 24 * len(images) * len(centers)  # six values a cosine
-    # An operation has the gradient of its output and makes those of its input and its weight.
+    # An operation holds the gradient of its output and makes those of its input and its weight.
     gradients = 2 * max(given for given, *_ in parts.values()) + max(weight.nbytes for weight in tower.parameters())
     return max(kept + head, most + gradients)
 
@@ -103,8 +103,8 @@ def activation_bytes(model, config, half):
 def memory_plan(model, config, *, processes=1, half=None):
     """Bytes that one training process needs at most: dict parameters, gradients, optimiser, activations.
 
-    half: dtype of the activations on the device, None for float32. A sharded model's parts are divided by the number of
-    processes, but for what is gathered at a time. The model stays as it is."""
+    half: dtype of the activations on the device, None for float32. Sharding divides all but activations by the number of
+    processes; what is gathered at a time is added. The model is not changed."""
     model = on_meta(model).train()
     with torch.device('meta'):
         resize(model, config.image_size, config.overlap)
@@ -122,8 +122,8 @@ def memory_plan(model, config, *, processes=1, half=None):
 
 
 def available_memory():
-    """(bytes, words for it) of the smallest GPU that this process sees, or of this machine where there is none, or where
-    the GPU shares the machine's. No memory of a GPU is taken."""
+    """(bytes, words for it) of the smallest GPU that this process sees. Without one, or if the GPU shares the machine's
+    memory, of this machine. No memory of a GPU is taken."""
     free = psutil.virtual_memory().available
     try:
         cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
@@ -138,7 +138,7 @@ def available_memory():
 
 
 def free_disk(folder):
-    """Bytes free where a folder is or will be; infinite for a drive that does not say, as some network drives."""
+    """Free bytes where a folder is or will be; infinite for a drive that does not say, such as some network drives."""
     usage = shutil.disk_usage(next(place for place in (folder, *folder.parents) if os.path.exists(place)))
     return usage.free if usage.total else math.inf
 
@@ -149,9 +149,9 @@ def half_here(config):
 
 
 def fitted(config, model, processes):
-    """The configuration with batch_size and checkpoint_activations chosen where they are None. On a CPU: 8 images, nothing
-    recomputed. On a GPU: the largest batch that fits so, or if that is below 8, the largest that fits while activations are
-    recomputed; a tenth of the memory is left for gaps between tensors."""
+    """The configuration with batch_size and checkpoint_activations chosen where they are None. CPU: 8 images, nothing
+    recomputed. GPU: the largest batch that fits so; if that is below 8, the largest that fits with activations recomputed. A
+    tenth of the memory is left for gaps between tensors."""
     sizes = [size for size in range(max(1, config.effective_batch // processes), 0, -1) if not config.effective_batch % size]
     sizes = [config.batch_size] if config.batch_size else sizes
     recompute = [False, True] if config.checkpoint_activations is None else [config.checkpoint_activations]
@@ -169,18 +169,18 @@ def fitted(config, model, processes):
 
 
 def smaller_plans(config, processes):
-    """Changes of a configuration that need less memory, the least change first; the result stays the same."""
+    """Changes of a configuration that need less memory, the smallest change first; the result stays the same."""
     less = {} if config.checkpoint_activations else {'checkpoint_activations': True}
     sizes = [size for size in range(config.batch_size // 2, 0, -1)
-             if not (config.effective_batch % size or config.head_norm)]  # which compares the images of a batch
+             if not (config.effective_batch % size or config.head_norm)]  # head_norm compares the images of a batch
     changes = [{}, *({'batch_size': size} for size in sizes)]
     changes += [{'shard': True}, *({'shard': True, 'batch_size': size} for size in sizes[-1:])] if processes > 1 else []
     return [less | change for change in changes]
 
 
 def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=None):
-    """What a run will need at most, in its heaviest stage, against what there is: DataFrame need, GB. Says what to change,
-    before it starts, if that is too much. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
+    """What a run needs at most, in its heaviest stage, and what there is: DataFrame need, GB. Prints what to change if that
+    does not fit. memory, disk: bytes there are; processes: GPUs. None: those of this machine."""
     processes, (capacity, words) = processes or processes_here(), (memory, 'given') if memory else available_memory()
     stages, place = [fitted(stage, model, processes) for stage in config.each_stage()], user_path(run_dir).absolute()
 
@@ -198,7 +198,7 @@ def training_plan(config, model, run_dir, *, memory=None, disk=None, processes=N
               + (f'set OVERRIDES = {change}.' if change else 'take a smaller tower or image size, or more GPUs.'))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     disk = disk or free_disk(place)
-    if 7 * weights > disk:  # these, and two states of thrice their size: one is whole before the one before it goes
+    if 7 * weights > disk:  # these, and two states of thrice their size: the new one is whole before the old one goes
         print(f'{7 * weights / 1e9:.1f} GB do not fit on the disk of {run_dir}, which has {disk / 1e9:.1f}: choose another '
               'OUT_DIR' + ('; only the weights and one state fit, so a run that is killed while it saves loses its state.'
                            if 4 * weights <= disk else '.'))

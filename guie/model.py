@@ -20,8 +20,8 @@ UNDECAYED = re.compile(r'(embedding|pos_emb\w*|_token|latent|bias_table|attentio
 
 class SubcenterHead(nn.Module):
     """Linear map to the embedding and several centres a class (Deng 2020, sub-centre ArcFace).
-    `seed` alone decides the initial weights: ingredients of one soup must share them bit for bit. norm: every feature is
-    brought to mean 0 and variance 1 first, over the images of a step while training (5th place)."""
+    `seed` alone decides the initial weights: ingredients of one soup must share them bit for bit. norm: batch normalisation
+    of the features, without weights, before the map (5th place)."""
     DROPOUTS = (.1, .2, .3, .4, .5)  # the five parallel masks of the published head, after one of .1
 
     def __init__(self, width, n_classes, *, dim=512, subcenters=3, norm=False, seed=5):
@@ -36,7 +36,7 @@ class SubcenterHead(nn.Module):
 
     def forward(self, features):
         """(n, width) -> embedding (n, dim), not normalised; dropout while training.
-        The mean of five dropped-out copies through one bias-free map is that map of the mean copy: one pass, not five."""
+        The published head averages five dropped-out copies after the bias-free map; one pass of their mean is the same."""
         features = self.norm(features)
         if self.training:
             mask = sum(F.dropout(torch.ones_like(features), p) for p in self.DROPOUTS) / len(self.DROPOUTS)
@@ -46,15 +46,15 @@ class SubcenterHead(nn.Module):
     def cosine(self, embedding):
         """(n, dim) -> cosine to the nearest centre of every class, float32 (n, n_classes)."""
         with torch.autocast(embedding.device.type, enabled=False):  # a cosine near 1 has no digits left in fp16
-            centers = self.centers.float()  # as they are: a copy of length 1 would be as large as all classes
+            centers = self.centers.float()  # not normalised, which would copy all of them
             cosine = F.normalize(embedding.float()) @ centers.T / centers.norm(dim=1).clamp_min(1e-12)
         return cosine.unflatten(1, (-1, self.subcenters)).amax(2)
 
 
 class Embedder(nn.Module):
     """Images to unit vectors: normalise, tower, head's linear map, L2, projection, L2.
-    tower: any module that maps float (n, 3, s, s) to (n, width); `spec` if it has none of its own as tower.spec. head:
-    SubcenterHead or None. projection: nn.Linear or None."""
+    tower: any module that maps float (n, 3, s, s) to (n, width). spec: needed if there is no tower.spec. head: SubcenterHead
+    or None. projection: nn.Linear or None."""
 
     def __init__(self, tower, head=None, projection=None, spec=None):
         super().__init__()
@@ -71,8 +71,8 @@ class Embedder(nn.Module):
         return self.head.cosine(self.head(features)) if classify else self.project(features.float())
 
     def train(self, mode=True):
-        """As nn.Module's, but a tower's BatchNorm keeps the statistics it was pretrained with: those of a few images at a
-        time are noise, and ruin the tower."""
+        """As nn.Module's, but a tower's BatchNorm keeps its pretrained statistics: those of a few images at a time are
+        noise, and ruin the tower."""
         super().train(mode)
         for module in self.tower.modules():
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
@@ -86,7 +86,7 @@ class Embedder(nn.Module):
 
 
 def new_model(config, n_classes):
-    """The Embedder that a run starts from: the pretrained tower and a head of its own for so many classes."""
+    """The Embedder that a run starts from: the pretrained tower and a new head for so many classes."""
     tower = load_image_tower(config.model_name, config.pretrained, config.image_size)
     head = SubcenterHead(tower.spec.width, n_classes, dim=config.embedding_dim, subcenters=config.subcenters,
                          norm=config.head_norm, seed=config.head_seed)
@@ -96,8 +96,8 @@ def new_model(config, n_classes):
 
 
 def resize(model, side, overlap=0.0):
-    """The Embedder for images of another side or patches that overlap by a share of theirs, in place; its spec says so.
-    ValueError: an overlap for what is not open_clip's own transformer."""
+    """Changes the Embedder, in place, to another side or to patches that overlap by a share of their side; its spec says so.
+    ValueError: an overlap for a tower other than open_clip's own transformer."""
     plan, stride = copy.deepcopy(model.spec.architecture), None
     if isinstance(model.tower, VisionTransformer):
         patch = model.tower.conv1.kernel_size[0]
@@ -118,7 +118,7 @@ def resize(model, side, overlap=0.0):
 
 
 def freeze(model, trains):
-    """Takes the gradients from what Config.trains leaves out; 'all' leaves everything as it is."""
+    """Takes the gradients from what Config.trains leaves out; 'all' changes nothing."""
     if trains in ('head', 'tower'):
         (model.tower if trains == 'head' else model.head).requires_grad_(False)
     elif trains != 'all':
@@ -131,8 +131,8 @@ def freeze(model, trains):
 
 
 def kept_from_decay(tower):
-    """Names of a tower's parameters that weight decay would only harm: biases, norms and all else of one dimension, tokens,
-    position embeddings and tables of relative positions, and what timm names for its model (no_weight_decay)."""
+    """Names of a tower's parameters without weight decay, which would only harm them: biases, norms and all else of one
+    dimension, tokens, position embeddings, tables of relative positions, and what timm names (no_weight_decay)."""
     trunk, prefix = unwrapped(tower)
     patterns = [f'{prefix}{name}' for name in (trunk.no_weight_decay() if hasattr(trunk, 'no_weight_decay') else ())]
     return {name for name, parameter in tower.named_parameters() if parameter.ndim < 2 or UNDECAYED.search(name)
@@ -141,10 +141,10 @@ def kept_from_decay(tower):
 
 def param_groups(model, config):
     """AdamW's groups for an Embedder: every trainable parameter in exactly one.
-    The tower's blocks take the learning rates of config.layer_lrs (stretched, if these count other blocks than the tower
-    has); what lies before the blocks takes the first rate, what follows them (final norm, projection) the last one. What is
-    in kept_from_decay is not decayed. Returns a list of dicts: name, params, names, lr, weight_decay. InputError: several
-    rates for a tower whose order cannot be told."""
+    The tower's blocks take the learning rates of config.layer_lrs, stretched if the tower has another number of blocks. What
+    comes before the blocks takes the first rate; what follows them (final norm, projection) takes the last one. Parameters
+    in kept_from_decay have no weight decay. Returns a list of dicts: name, params, names, lr, weight_decay. InputError:
+    several rates for a tower whose order of layers is unknown."""
     ends, groups = [end for end, _ in config.layer_lrs], {}
     tower = [(name, parameter) for name, parameter in model.tower.named_parameters() if parameter.requires_grad]
     blocks, depth = tower_blocks(model.tower) if tower and len(ends) > 1 else (dict.fromkeys(dict(tower), 0), ends[0])

@@ -1,4 +1,4 @@
-"""Packages: what the notebooks need and a machine lacks, as Kaggle's and Colab's, from attached wheels or the package index.
+"""Packages: installs what the notebooks need and Kaggle or Colab lacks, from attached wheels or the package index.
 
 Imports nothing but the standard library, since it runs before anything else is there."""
 import importlib
@@ -17,8 +17,8 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'
 
 
 def install_missing(search=('/kaggle/input',)):
-    """Installs by pip what is not there, if open_clip or ftfy is not: from wheels attached below a folder of `search`, else
-    from the package index. What is installed stays at its version. RuntimeError, in one sentence, if that fails."""
+    """Installs missing packages by pip, if open_clip or ftfy is missing: from wheels attached below a folder of `search`,
+    else from the package index. Installed packages keep their version. RuntimeError, in one sentence, if it fails."""
     if all(map(is_installed, NEEDED)):
         return
     missing = missing_requirements()
@@ -49,15 +49,15 @@ def is_installed(package):
 
 
 def missing_requirements():
-    """The lines of requirements.txt whose package is not there, and ftfy, which open_clip imports."""
+    """The lines of requirements.txt whose package is not installed, and ftfy, which open_clip imports."""
     lines = (line.strip() for line in REQUIREMENTS.read_text().splitlines())
     wanted = [*(line for line in lines if line and not line.startswith('#')), 'ftfy']
     return [line for line in wanted if not is_installed(package_of(line))]
 
 
 def attached_wheels(packages, search, depth=6):
-    """The wheels of some packages in the first folder, at most `depth` below those of `search`, that has one of each of
-    NEEDED among them; [] if there is none."""
+    """The wheels of these packages in the first folder, at most `depth` levels below those of `search`, that has one for
+    each of NEEDED among them; [] if there is none."""
     level = [os.fspath(place) for place in search]
     for _ in range(depth + 1):
         below = []
@@ -73,6 +73,6 @@ def attached_wheels(packages, search, depth=6):
 
 
 def is_wheel_of(file, package):
-    """Whether a file's name is that of a wheel of a package, however both are spelt."""
+    """Whether a file is a wheel of a package, however both are spelt."""
     plain = [re.sub(r'[-_.]+', '-', name).lower() for name in (file.partition('-')[0], package)]
     return file.endswith('.whl') and plain[0] == plain[1]

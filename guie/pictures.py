@@ -31,9 +31,9 @@ def show_augmentation(frame, size, name, *, count=8, seed=5):
 
 
 def show_objects(splits, *, count=8, size=96, seed=5):
-    """What is searched: query images of `count` objects, in rows of four, below each an index image of the same object, or
-    'none', and the object's name. splits: 'query' and 'index', tables path, label. The seed chooses objects and images. An
-    image that cannot be read is a marked black one, and named."""
+    """What is searched: query images of `count` objects, in rows of four. Below each are an index image of the same object,
+    or 'none', and the object's name. splits: 'query' and 'index', tables path, label. The seed chooses objects and images.
+    An unreadable image is black with a cross, and printed."""
     rng = np.random.default_rng(seed)
     queries, index = (splits[part].iloc[rng.permutation(len(splits[part]))] for part in ('query', 'index'))
     chosen, rows = queries.drop_duplicates('label').head(count), []
@@ -47,12 +47,12 @@ def show_objects(splits, *, count=8, size=96, seed=5):
 
 
 def show_neighbours(splits, vectors, projection=None, *, exclude_self=False, size=96, rows=6, seed=5):
-    """Queries (left) and their five nearest images, each with its name and Euclidean distance, framed green where the object
-    is the same, else red; but grey where the index holds no more images of it, and not at all where all labels are the same.
+    """Queries (left) and their five nearest images, each with its name and Euclidean distance. A frame is green for the same
+    object, red for another, grey where the index has no more images of the object; there is none if all labels are equal.
     Half of the rows show queries that found everything, half others, as far as there are both.
     splits, vectors: 'query' and 'index' of each, tables path, label and arrays (n, d). projection: a map (n, d) -> (n, dim)
-    that the vectors are brought through first. exclude_self: query i is index i, and names are those of the files, not the
-    labels. An image that cannot be read is a marked black one, and named. ValueError: numbers that do not fit."""
+    that is applied first. exclude_self: query i is index i, and names are those of files, not labels. An unreadable image is
+    black with a cross, and printed. ValueError: vectors that do not fit the images."""
     found = find_five(splits, (vectors, projection), np.arange(len(splits['query'])), exclude_self)
     order = np.random.default_rng(seed).permutation(len(splits['query']))
     everything = (found.colours == RIGHT).any(1) & ~(found.colours == WRONG).any(1)
@@ -64,9 +64,9 @@ def show_neighbours(splits, vectors, projection=None, *, exclude_self=False, siz
 
 def compare_neighbours(splits, models, *, size=96, queries=4, seed=5):
     """The same queries (left) in several models: for each query one row a model of its five nearest images, with names,
-    distances and frames as show_neighbours draws them. models: {title: vectors} or {title: (vectors, projection)}, each as
-    for show_neighbours; their widths may differ. The seed alone chooses the queries: of those, if any, whose object is in
-    the index, since only they count in mP@5."""
+    distances and frames as in show_neighbours. models: {title: vectors} or {title: (vectors, projection)}, each as for
+    show_neighbours; their widths may differ. The seed chooses among the queries whose object is in the index, if there are
+    any, since only they count in mP@5."""
     known = np.flatnonzero(splits['query']['label'].isin(splits['index']['label']))
     chosen = np.random.default_rng(seed).permutation(known if len(known) else len(splits['query']))[:queries]
     found = {title: find_five(splits, model, chosen) for title, model in models.items()}
@@ -86,7 +86,7 @@ class Five:
     colours: np.ndarray
 
     def cells(self, splits, query, column, by_file=False, left=''):
-        """The row of Cells of the images nearest to one of the queries, from `column` on; left: its title."""
+        """The row of Cells of the images nearest to one query, from `column` on; left: its title."""
         images = splits['index'].iloc[self.places[query]]
         return [Cell(column + rank, path, name, f'{distance:.2f}', colour, left * (rank == 0))
                 for rank, (path, name, distance, colour) in enumerate(zip(
@@ -106,7 +106,7 @@ def with_header(rows):
 
 
 def names_of(frame, by_file=False):
-    """What the images of a table are called: as their objects, or as their files."""
+    """What the images of a table are called: their labels or, by_file, their file names."""
     return [os.path.basename(path) for path in frame['path']] if by_file else [*map(name_of, frame['label'])]
 
 

@@ -21,8 +21,8 @@ SMALL = 8  # points of a legend's text
 
 
 def in_figure(name, width=200):
-    """A name as matplotlib shows it: in lines of at most `width` characters, a $ in it no formula, and no _ before it, which
-    would keep it out of legends."""
+    """A name as matplotlib can show it: lines of at most `width` characters, $ as a letter, and a blank before a leading _,
+    which would keep it out of legends."""
     lines, ends = [''], '-_ ./'
     for part in re.findall(f'[^{ends}]{{1,{width - 1}}}[{ends}]?|[{ends}]', one_line(str(name))):
         if len(lines[-1]) + len(part) > width:
@@ -39,7 +39,7 @@ def longest_line(names):
 
 def legend_below(figure, lines, names):
     """A legend under all axes of a figure, which grows by its height; the layout must be constrained."""
-    letters = figure.get_figwidth() * 72 / (.55 * SMALL)  # so many fit into a line
+    letters = figure.get_figwidth() * 72 / (.55 * SMALL)  # that fit into a line
     labels = [in_figure(name, int(letters) - 8) for name in names]
     columns = max(1, min(len(labels), int(letters / (longest_line(labels) + 8))))
     rows = math.ceil(sum(1 + label.count('\n') for label in labels) / columns)
@@ -48,18 +48,18 @@ def legend_below(figure, lines, names):
 
 
 def has_intervals(table):
-    """Whether scores come with the ends of their intervals."""
+    """Whether a table has the ends of intervals."""
     return {'low', 'high'} <= set(table.columns)
 
 
 def plot_margins(config, labels):
-    """Margin against the images a class has, and how many classes have so many. labels: of the training images."""
+    """The margin against a class's number of images, and how many classes have it. labels: of the training images."""
     counts = np.sort(np.unique(labels, return_counts=True)[1])
     margins = adaptive_margins(counts, low=config.margin_min, width=config.margin_width)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
     left.plot(counts, margins, '.')
     left.set(xlabel='images of the class', ylabel='margin (radians)', ylim=(0, 1.1 * float(margins.max())))
-    step = math.ceil((np.ptp(counts) + 1) / 30)  # whole numbers to a bar, as many in each
+    step = math.ceil((np.ptp(counts) + 1) / 30)  # whole numbers a bar, the same for all
     right.hist(counts, bins=np.arange(counts[0], counts[-1] + step + 1, step) - .5)
     right.set(xlabel='images of the class', ylabel='classes')
     for axis in (left.xaxis, right.xaxis, right.yaxis):
@@ -70,9 +70,9 @@ def plot_margins(config, labels):
 
 
 def plot_logs(runs):
-    """Loss and learning rate against the step, and the selection score where there is one; runs overlaid: their folders, or
-    Checkpoints in them. A run without a log, as a bare checkpoint, is left out. Steps are on a logarithmic axis where one
-    run has 20 times those of another."""
+    """Loss, learning rate and, where there is one, selection score against the step, all runs together. runs: their folders,
+    or Checkpoints in them. A run without a log, such as a bare checkpoint, is left out. The axis of steps is logarithmic if
+    one run has 20 times as many as another."""
     folders = [run.path.parent if isinstance(run, Checkpoint) else user_path(run) for run in runs]
     logs = [(folder.name, pd.read_csv(folder / 'log.csv')) for folder in folders if (folder / 'log.csv').exists()]
     if not logs:
@@ -124,7 +124,7 @@ def plot_variance(vectors, dim):
 
 
 def plot_scores(scores):
-    """A bar a row, coloured by stage, with a line from low to high where there are these. scores: of score_table."""
+    """A bar for each row of a score_table, coloured by stage, with a line from low to high if it has them."""
     names, places, ends = scores['model'].astype(str), np.arange(len(scores)), scores['mp5'].to_numpy()
     if names.duplicated().any() and 'dim' in scores:
         names += ', ' + scores['dim'].astype(str)
@@ -143,8 +143,8 @@ def plot_scores(scores):
 
 
 def plot_basin(ingredients, bases, embedders):
-    """Cosines between the ingredients' ways from the pretrained weights, and the score along the line between two.
-    ingredients: of find_ingredients; bases: of base_states; embedders: {tower: StateEmbedder}."""
+    """Cosines between the ingredients' changes of the pretrained weights, and the score along the line between two of them.
+    ingredients: from find_ingredients; bases: {tower: StateEmbedder.base}; embedders: {tower: StateEmbedder}."""
     pairs = {tower: runs[:2] for tower, runs in ingredients.items() if len(runs) > 1}
     if not bases and not pairs:
         return print('neither two ingredients nor a pretrained tower to compare with')
@@ -162,7 +162,7 @@ def plot_basin(ingredients, bases, embedders):
 
 
 def draw_cosines(axis, table, tower):
-    """A square table of cosines as an image with its numbers; names without their tower's, long ones beside it alone, with
+    """A square table of cosines as an image with its numbers. Names lose their tower's; long ones are beside it only, with
     the numbers of their columns."""
     names = [in_figure(name.removeprefix(f'{tower}_'), 44) for name in table.columns]
     places, below, turned = range(len(names)), names, 90 if longest_line(names) > 6 else 0
@@ -179,8 +179,8 @@ def draw_cosines(axis, table, tower):
 
 
 def plot_wise(curves):
-    """mP@5 of seen against never-seen objects as alpha goes from the pretrained tower to the soup, with a line from low to
-    high where there are these; star: the alpha that the selection objects choose. curves: {tower: of sweep_alpha}."""
+    """mP@5 of seen against never-seen objects as alpha goes from the pretrained tower to the soup, with lines from low to
+    high if there are intervals; star: the alpha that the selection objects choose. curves: {tower: table of sweep_alpha}."""
     if not curves:
         return print('no pretrained tower to begin from')
     figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.6), squeeze=False, layout='constrained')
@@ -195,5 +195,5 @@ def plot_wise(curves):
             axis.annotate(f'{alpha:g}', (seen, never_seen), textcoords='offset points', xytext=(6, -10), fontsize=8)
         axis.set(xlabel='mP@5 on trained classes', ylabel=NEVER_SEEN, title=in_figure(tower))
         axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.margins(.12)  # room for the alphas beside the points
+        axis.margins(.12)  # space for the alphas beside the points
         axis.legend(loc='upper center', bbox_to_anchor=(.5, -.2), ncols=2, frameon=False, fontsize=SMALL)

@@ -8,7 +8,7 @@ from torch import nn
 from guie.errors import InputError
 
 MAX_DIM = 64  # the competition's limit
-VARIED = 1e-7  # of the variance: float32 embeddings leave about 1e-8 of noise in a direction in which they do not differ
+VARIED = 1e-7  # share of variance; float32 leaves about 1e-8 of noise in directions without any
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Projection:
 
     @property
     def varied(self):
-        """Along how many of its directions the embeddings that it was fitted on differ: so many can be whitened."""
+        """The number of its directions in which the fitted embeddings differ: so many can be whitened."""
         return int((self.explained_variance_ratio > VARIED).sum())
 
     def linear(self):
@@ -42,7 +42,7 @@ class Projection:
 
 
 def l2_normalise(x):
-    """Bring the last axis to length 1; zeros stay zero. Arrays become float32, tensors keep their dtype."""
+    """Scales the last axis to length 1; zeros stay zero. Arrays become float32, tensors keep their dtype."""
     if isinstance(x, torch.Tensor):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x / torch.where(length > 0, length, 1)
@@ -52,7 +52,7 @@ def l2_normalise(x):
 
 
 def concatenate(embeddings_list):
-    """Models' embeddings (n, d_i) of the same images, L2-normalised and then side by side: (n, Σ d_i)."""
+    """Embeddings (n, d_i) of the same images by several models, each L2-normalised, side by side: (n, Σ d_i)."""
     counts = [len(embeddings) for embeddings in embeddings_list]
     if len(set(counts)) != 1:
         raise InputError(f'the models embedded {counts} images: give embeddings of the same images')
@@ -66,7 +66,7 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
     importance of the rows, e.g. to even out kinds of object; only their ratios matter. Signs: each direction's largest
     absolute entry is positive. ValueError: dim out of range, unfit weights, a NaN or infinite row, embeddings that hardly
     vary."""
-    from sklearn.decomposition import PCA  # which takes a second, whatever is imported from here
+    from sklearn.decomposition import PCA  # takes a second to import
 
     rows = np.asarray(embeddings)
     if rows.ndim != 2:
@@ -88,7 +88,8 @@ def fit_pca(embeddings, dim=MAX_DIM, *, whiten=0.0, weights=None):
 
 
 def weighted(rows, weights):
-    """(rows whose plain PCA is the weighted PCA of `rows`: each times the root of its weight, and its opposite; mean)."""
+    """(centred rows times the roots of their weights, with their negatives; mean): plain PCA of these is the weighted
+    one."""
     if weights.shape != (len(rows),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
         raise InputError(f'weights must be {len(rows)} finite numbers >= 0, one a row, and not all zero')
     mean = np.average(rows, axis=0, weights=weights)
@@ -97,7 +98,7 @@ def weighted(rows, weights):
 
 
 def random_projection(d, dim=MAX_DIM, seed=0):
-    """Onto `dim` random orthonormal directions: what a PCA must beat."""
+    """A Projection onto `dim` random orthonormal directions: what a PCA must beat."""
     check_dim(dim, d)
     directions, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, dim)))
     return Projection(np.zeros(d), directions.T, np.full(dim, np.nan))
@@ -113,13 +114,13 @@ def check_dim(dim, d, n=np.inf):
 
 
 def dims_of(embeddings, dim=MAX_DIM):
-    """As many dimensions, up to dim, as a PCA of (n, d) embeddings has: d, and fewer than n."""
+    """The dimensions, at most dim, that a PCA of (n, d) embeddings can have: up to d, and fewer than n."""
     return min(dim, embeddings.shape[1], len(embeddings) - 1)
 
 
 def project(vectors, dim=64, projection=None, split=''):
-    """(query, index) of embed_all's vectors, L2-normalised at `dim` columns.
-    projection: any map (n, d) -> (n, columns, of which the first dim are taken); None: a PCA fitted on vectors['pca'], the
-    training images, to as many columns as they allow. split: 'selection_' for the objects that choices are made on."""
+    """(query, index) of embed_all's vectors, projected to `dim` columns and L2-normalised.
+    projection: a map (n, d) -> (n, columns), whose first dim columns count; None: a PCA fitted on vectors['pca'], the
+    training images, to as many columns as they allow. split: 'selection_' for the objects to make choices on."""
     projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca'], dim))
     return tuple(l2_normalise(projection(vectors[split + part])[:, :dim]) for part in ('query', 'index'))

@@ -22,14 +22,14 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
     'place4': lambda config: {},
     # Kumar 2022, arXiv 2202.10054: the head alone first, so that a random one does not distort the tower
     'lp-ft': lambda config: halves(config, {'trains': 'head'}, {'trains': 'all', 'head_lr': config.head_lr / 10}),
-    # 1st: a 64-d head first, which then stays while the tower trains
+    # 1st: a 64-d head first, which is then frozen while the tower trains
     'locked-head': lambda config: {'embedding_dim': 64} | halves(config, {'trains': 'head'}, {'trains': 'tower'}),
     # 2nd: the tower a thousand times slower than the head, then not at all; wider margins every epoch
     'slow-tower': lambda config: {'layer_lrs': ((config.layer_lrs[-1][0], config.head_lr / 1000),), 'margin_growth': .1}
     | halves(config, {'trains': 'all'}, {'trains': 'head'}),
     # 5th (with head_norm, which it had before its linear map): no PCA
     'direct-64': lambda config: {'embedding_dim': 64},
-    # 1st: everything once more at 5/4 of the side, 224 to 280
+    # 1st: all again at 5/4 of the side, 224 to 280
     'hi-res': lambda config: halves(config, {}, {'image_size': config.image_size * 5 // 4}),
     # 1st: overlapping patches at the end
     'overlap': lambda config: halves(config, {}, {'overlap': .5}),
@@ -39,7 +39,7 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
 
 
 def follow_recipe(config, recipe):
-    """The configuration, changed as one of RECIPES says; None changes nothing."""
+    """The configuration with the changes of one of RECIPES; None changes nothing."""
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.{did_you_mean(recipe, RECIPES)}')
     return config if recipe is None else replace(config, **RECIPES[recipe](config))
@@ -53,11 +53,11 @@ def stage_folders(config, run_dir):
 
 
 def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
-    """Trains a run on its splits, stage by stage, and writes it as training.fit says -> its Embedder.
+    """Trains a run on its splits, stage by stage, and saves it as training.fit says -> its Embedder.
     Several GPUs share the work by `accelerate launch`; processes: None is one a GPU. All stages but the last train in
-    <run_dir>/<its name>-stage-<number>, each from the weights that the one before kept; these stay there as
-    stage.safetensors, and where that file is found (below a folder of `search` too) the stage is not trained again. Run it
-    again to resume. Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
+    <run_dir>/<its name>-stage-<number>, each from the weights of the one before. A finished stage leaves stage.safetensors
+    there; where that file is found (below a folder of `search` too) the stage is not trained again. Run it again to resume.
+    Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
     run_dir = user_path(run_dir)
     options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
     for folder, stage in stage_folders(config, run_dir):
@@ -79,7 +79,7 @@ def train_stage(config, splits, folder, processes, options):
 
 
 def finished_stage(folder, config, search):
-    """The weights of a stage that is done, in its folder or in an attached output of the same run, or None."""
+    """The weights of a finished stage, in its folder or in an attached output of the same run, or None."""
     for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
         if (place / 'stage.safetensors').exists():
             if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
@@ -90,7 +90,7 @@ def finished_stage(folder, config, search):
 
 
 def keep_stage(folder):
-    """Marks a stage as done: its weights get their lasting name, and the state that it could resume from goes."""
+    """Marks a stage as finished: renames its weights to stage.safetensors and deletes its states."""
     done = (folder / 'model.safetensors').replace(folder / 'stage.safetensors')
     shutil.rmtree(folder / 'state', ignore_errors=True)
     return done

@@ -23,9 +23,9 @@ from guie.errors import FileError, InputError, ProcessError
 from guie.files import ATTACHED, attached_folders, reason_of, write_text
 from guie.splits import other_images, refuse_other_data, trained_on
 
-BEST = 'best.safetensors'  # of a run under way: model.safetensors is there when it is finished
+BEST = 'best.safetensors'  # of a run under way; a finished one has model.safetensors
 LOGGED = ['step', 'loss', 'lr', 'images/s', 'selection']  # columns of log.csv
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a disk, mostly a network's, says of locks
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # of disks without locks, mostly on a network
 OF_THE_DISK = re.compile('StreamWriter|inline_container|unexpected pos|open file failed|cannot be opened|Parent directory')
 
 
@@ -48,7 +48,7 @@ class Run:
     config: Config
     accelerator: Accelerator
     model: nn.Module                # Embedder
-    wrapped: nn.Module              # the model as it is called: one copy of it on each GPU, or parts
+    wrapped: nn.Module              # the model to call: a copy on each GPU, or parts of it
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler    # of fp16's gradients
@@ -110,9 +110,9 @@ class RunLog:
 
 
 def save_checkpoint(run, required=False):
-    """Everything needed to resume, as <run>/state/step-<n>; the new one is complete before an older one goes.
-    A disk that refuses is named, and the run continues with the older one in place: space may be there the next time. With
-    `required` it is an OSError."""
+    """Saves everything needed to resume as <run>/state/step-<n>; the new one is complete before an older one goes.
+    If the disk refuses, that is printed and the run continues with the older one in place: there may be space the next time.
+    With `required` it is an OSError."""
     beside = run.folder / 'state' / 'unfinished'
     run.progress.processes = run.accelerator.num_processes
     for mine, act in ((run.main, partial(free_space, beside)), (True, partial(run.accelerator.save_state, beside)),
@@ -143,7 +143,7 @@ def saved_states(folder):
 
 
 def read_position(state):
-    """A state's position.json: progress, schedule, scaler, files. OSError when a file lacks or is shorter than it was."""
+    """A state's position.json: progress, schedule, scaler, files. OSError if a file is missing or truncated."""
     position = json.loads((state / 'position.json').read_text())
     for name, size in position['files'].items():
         if (state / name).stat().st_size != size:
@@ -152,14 +152,14 @@ def read_position(state):
 
 
 def is_whole(state):
-    """Whether all files of a state are there, as long as they were."""
+    """Whether a state has all of its files, in full length."""
     with suppress(OSError, ValueError, KeyError):
         return bool(read_position(state))
     return False
 
 
 def free_space(beside):
-    """Removes what a killed save left and, where another state would not fit, all whole states but the newest."""
+    """Deletes what a killed save left and, where another state would not fit, all states but the newest whole one."""
     shutil.rmtree(beside, ignore_errors=True)
     whole = [state for state in saved_states(beside.parent) if is_whole(state)]
     if whole and shutil.disk_usage(beside.parent).free < sum(read_position(whole[0])['files'].values()):
@@ -169,13 +169,13 @@ def free_space(beside):
 
 
 def complete(run, beside):
-    """Gives a written state its position and its name; then older ones go: two stay where a third fits, else one."""
+    """Gives a saved state its position and its name, then deletes older ones: two stay where a third fits, else one."""
     sizes = {file.name: file.stat().st_size for file in sorted(beside.iterdir())}
     position = {'progress': asdict(run.progress), 'schedule': run.schedule.state_dict(), 'scaler': run.scaler.state_dict(),
                 'files': sizes}
     write_text(beside / 'position.json', json.dumps(position, indent=1))
     target = beside.with_name(f'step-{run.progress.step:08d}')
-    while target.exists():  # damaged, or the run would not be here again; + sorts behind it
+    while target.exists():  # a damaged state of this step; + sorts after it
         target = target.with_name(target.name + '+')
     beside.replace(target)
     fits = shutil.disk_usage(beside.parent).free >= sum(sizes.values())
@@ -194,7 +194,7 @@ def refuse_other_config(run_dir, config):
 
 
 def restore_state(run):
-    """Loads the newest state that loads; True if there was one. A run of another configuration or data is an error."""
+    """Loads the newest state that can be read; True if there was one. A run of another configuration or data is an error."""
     states = saved_states(run.folder / 'state')
     if states:
         refuse_other_config(run.folder, run.config)
@@ -218,7 +218,7 @@ def restore_state(run):
             print_resumed(run, state)
             return True
         run.accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
-    if states:  # parts of them may be in the model already
+    if states:  # the model may hold parts of them already
         raise InputError(f'None of the states in {run.folder / "state"} can be read: give this run another name as RUN, or '
                          f'delete this folder to start anew.')
     return False
@@ -236,8 +236,8 @@ def print_resumed(run, state):
 
 
 def copy_attached_state(run_dir, config, data, search=ATTACHED):
-    """Copies the newest whole state of this run, with its log and weights, out of an earlier output, as Kaggle attaches it,
-    where there is none; looked for in folders of the run's name below those of `search`."""
+    """If the run has no state, copies its newest whole one, with log and weights, from an attached earlier output (as on
+    Kaggle). Looks in folders of the run's name below those of `search`."""
     folder = run_dir / 'state'
     if saved_states(folder):
         return
@@ -264,7 +264,7 @@ def copy_attached_state(run_dir, config, data, search=ATTACHED):
             shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
             (folder / 'unfinished').replace(folder / state.name)
         except OSError as error:
-            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # of a tree's files the first
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first file's
             raise FileError(f'{state} could not be copied into {folder} ({reason}): free some space or choose another '
                             f'OUT_DIR.') from error
         return print(f'{run_dir.name}: {state} was copied here')

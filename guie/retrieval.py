@@ -12,8 +12,8 @@ def nearest_neighbours(query, index, k, *, exclude=None, chunk=8192, device=None
     """Exact Euclidean neighbours -> numpy (distances float32 (q, k), indices int64 (q, k)).
     Ordered by (distance, index), also across the k-th place. Distances are compared in float64, where equal index rows are
     equally far. query (q, d), index (n, d): arrays, memory maps or tensors. exclude: (q,) index row that each query must not
-    find (its own image); negative: none. chunk: index rows read at a time. device: of the matrix products; by default where
-    `query` lies. ValueError: shapes that do not fit, k out of range, NaN or infinite rows (the first is named)."""
+    find (its own image); negative: none. chunk: index rows read at a time. device: of the matrix products; None: that of
+    `query`. ValueError: shapes that do not fit, k out of range, NaN or infinite rows (the first is named)."""
     query, index = (x if isinstance(x, torch.Tensor) else np.asarray(x) for x in (query, index))
     if query.ndim != 2 or index.ndim != 2 or query.shape[1] != index.shape[1] or 0 in query.shape:
         raise InputError(f'query {tuple(query.shape)} and index {tuple(index.shape)} must be (q > 0, d) and '
@@ -39,7 +39,7 @@ def search(query, index, k, exclude, chunk):
     distances = euclidean(query[:, None], vectors)[:, 0]
     distances[scores == torch.inf] = torch.inf  # excluded
     distances, indices = first(k, distances, at)
-    if at.shape[1] < len(index):  # near-ties at the shortlist's end: the rounding of the products may have decided there
+    if at.shape[1] < len(index):  # near-ties at the end of the shortlist: rounded products may have decided there
         slack = (query.norm(dim=1) + largest).square() * (query.shape[1] + 16) * torch.finfo(query.dtype).eps
         for some in (scores[:, -1] - scores[:, k - 1] <= slack).nonzero()[:, 0].split(64):
             if len(some):
@@ -102,7 +102,7 @@ def precision_at_5(query, query_labels, index, index_labels, exclude_self=False)
     """The competition's score of each query -> float64 (q,), NaN where the index shows none of its object.
     With n_q index images of the query's object and k_q = min(n_q, 5): the share of its k_q nearest that show it. query (q,
     d), index (n, d); labels: q and n hashable values that compare by ==, in any sequence. exclude_self: query i is index i,
-    which counts neither among its neighbours nor in n_q. ValueError: numbers that do not fit, no query that can score."""
+    which counts neither among its neighbours nor in n_q. ValueError: labels that do not fit, no query that can score."""
     sizes = len(query), len(query_labels), len(index), len(index_labels)
     if sizes[0] != sizes[1] or sizes[2] != sizes[3] or (exclude_self and sizes[0] != sizes[2]):
         raise InputError('{} queries with {} labels, {} index vectors with {} labels: give one label a vector'

@@ -1,4 +1,4 @@
-"""Scores: how sure an mP@5 is, tables of scores, and the file of them."""
+"""Scores: mP@5 with its 95 % interval, tables of scores, and their file."""
 import math
 
 import numpy as np
@@ -22,7 +22,7 @@ def paired_bootstrap(first, second, groups, n=2000, seed=0):
 def intervals(scores, groups, n=2000, seed=0):
     """95 % intervals of means, by a bootstrap -> [(low, high)] of floats, a pair for each row of scores (m, q).
     groups: q labels, drawn whole with replacement, since images of one object succeed or fail together; all rows share the
-    draws. A query that is NaN in any row is left out. One group says nothing of others: NaN."""
+    draws. A query that is NaN in any row is left out. With a single group: NaN."""
     scores = np.asarray(scores, dtype=np.float64)
     judged = ~np.isnan(scores).any(0)
     groups = codes(codes(groups)[judged])
@@ -37,7 +37,7 @@ def intervals(scores, groups, n=2000, seed=0):
 
 
 def precisions_of(vectors, splits, dim=64, projection=None, split=''):
-    """precision_at_5 of a model's queries at `dim` columns (None: its full width). vectors: of embed_all; see project."""
+    """precision_at_5 of a model's queries at `dim` columns (None: its full width). vectors: from embed_all; see project."""
     names = [f'{split}{part}' for part in ('query', 'index')]
     query, index = (vectors[name] for name in names) if dim is None else project(vectors, dim, projection, split)
     return precision_at_5(query, splits[names[0]]['label'], index, splits[names[1]]['label'])
@@ -46,8 +46,8 @@ def precisions_of(vectors, splits, dim=64, projection=None, split=''):
 def score_table(stage, name, vectors, splits, *, dims=(None, 64), projection=None, seconds=math.nan, split=''):
     """mP@5 on never-seen objects: DataFrame stage, model, dim, mp5, low, high, seconds, a row for each entry of dims.
     low, high: ends of the 95 % interval of mp5 (see intervals). vectors: dict of embed_all. dims: None is the full width; a
-    number is projected with this projection, by default one PCA for all, and to no more columns than that has or the images
-    allow. split: 'selection_' scores the objects for choices instead."""
+    number is projected by `projection` (None: one PCA for all), to no more columns than that has or the images allow. split:
+    'selection_' scores the objects to make choices on instead."""
     query = vectors[f'{split}query']
     if any(dims):
         projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca'], max(filter(None, dims))))

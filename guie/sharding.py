@@ -24,7 +24,7 @@ def is_sharded(model):
 
 
 def full_state(model):
-    """{name: whole tensor} of a model; the parts of a sharded one are collected, for which all processes must call."""
+    """{name: whole tensor} of a model. All processes must call it, since it collects the parts of a sharded one."""
     if not is_sharded(model):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -48,5 +48,5 @@ def call(function, state, folder):
     """function(state, checkpoint_id=folder), its errors as OSError."""
     try:
         function(state, checkpoint_id=str(folder))
-    except checkpoint.CheckpointException as error:  # no Exception in torch
+    except checkpoint.CheckpointException as error:  # not an Exception in torch
         raise FileError(str(error).strip().splitlines()[-1]) from error

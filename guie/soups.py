@@ -20,15 +20,15 @@ from guie.sources import named
 from guie.splits import Splits, describe, load_data, other_images, sample_classes
 from guie.weights import load_strictly
 
-OF_DATA = ('data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images')  # what of a Config decides its splits
-SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients share
+OF_DATA = ('data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images')  # fields of Config that decide the splits
+SPEC_FIELDS = ('model_name', 'image_size', 'mean', 'std', 'activation')  # what a soup's ingredients must share
 
 
 def data_of(ingredients, sources):
-    """(ingredients, splits): the data that ingredients, of find_ingredients, were trained on, by load_data's arguments
-    {name: source}. Those that were trained on other images are named and left out; ValueError if all were."""
+    """(ingredients, splits): the data that ingredients (of find_ingredients) were trained on.
+    sources: load_data's arguments {name: source}. Those of other images are printed and left out; ValueError if all are."""
     runs, made = sum(ingredients.values(), []), {}
-    told = [json.loads(run.metadata.get('data', '""')) for run in runs]  # '': it is not known
+    told = [json.loads(run.metadata.get('data', '""')) for run in runs]  # '': unknown
     for run, one in zip(runs, told):
         config = Config(**{name: getattr(run.config, name) for name in OF_DATA})
         splits = made[config] = made.get(config) or load_data(**sources, config=config)
@@ -49,8 +49,8 @@ def average_states(paths, weights=None):
     """Average of checkpoint files -> {name: tensor}; uniform, or by non-negative `weights` of any sum.
     Wortsman et al. 2022, "Model soups", https://arxiv.org/abs/2203.05482. Memory holds the result alone: files are mapped.
     Summed in float64 and rounded once to the first file's dtype (half precision to float32). Integer buffers must be equal;
-    of BatchNorm, statistics are averaged and the largest step counter is taken. ValueError names the first differences of
-    each kind: tensors, shapes, integer buffers, SPEC_FIELDS where metadata tells them."""
+    in BatchNorm, statistics are averaged and the largest step counter is taken. ValueError names the first differences of
+    each kind: tensors, shapes, integer buffers, and SPEC_FIELDS if metadata holds them."""
     ingredients = open_ingredients(paths)
     weights = np.ones(len(ingredients)) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (len(ingredients),) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
@@ -60,7 +60,7 @@ def average_states(paths, weights=None):
 
 
 def open_ingredients(paths):
-    """Checkpoints that can be averaged, or the error that says why not."""
+    """Checkpoints that can be averaged; ValueError that says why not."""
     ingredients = [open_checkpoint(path) for path in paths]
     if not ingredients:
         raise InputError('A soup needs ingredients: give the path of at least one checkpoint.')
@@ -109,7 +109,7 @@ def average(states, weights):
 
 
 def mean_tensor(name, terms, chunk=1 << 18):
-    """Weighted mean of one tensor, terms [(state, weight)], in float64 by chunks, rounded once; of integers the largest."""
+    """Weighted mean of one tensor, terms [(state, weight)], in float64 by chunks, rounded once; the largest of integers."""
     first = terms[0][0][name]
     if not first.is_floating_point():
         return torch.stack([state[name] for state, _ in terms]).amax(0)
@@ -145,14 +145,14 @@ def interpolate_states(zero_shot, fine_tuned, alpha):
 
 
 def as_state(state):
-    """A Checkpoint of a file or of {name: tensor}."""
+    """A Checkpoint from a file or from {name: tensor}."""
     if not isinstance(state, dict):
         return open_checkpoint(state)
     return state if isinstance(state, Checkpoint) else Checkpoint(state, {}, 'the given state')
 
 
 def part_like(base, state):
-    """Those tensors of a fine-tuned state that its base has too; all of the base must be there."""
+    """The tensors of a fine-tuned state that its base has too; ValueError unless all of the base are there."""
     part = Checkpoint({name: state[name] for name in base if name in state}, state.metadata, state.path, state.name)
     if differences := differences_of(base, part):
         raise InputError(f'{state.path} was not fine-tuned from {base.path}: {differences}. '
@@ -190,7 +190,7 @@ def score_of(score, states, weights):
 
 def interpolation_scores(first, second, score, points=5):
     """Score along the line from one file (alpha 0) to another (alpha 1) -> DataFrame alpha, score.
-    A dip between the ends is a barrier: the two do not share a basin and average badly; the usual cause is a different
+    A dip between the ends is a barrier: the two do not share a basin and average badly. The usual cause is a different
     initial head. Errors as in average_states and greedy_soup."""
     states, alphas = open_ingredients([first, second]), np.linspace(0, 1, points)
     scores = [score_of(score, states, [1 - alpha, alpha]) for alpha in alphas]
@@ -199,8 +199,8 @@ def interpolation_scores(first, second, score, points=5):
 
 def task_vector_cosines(paths, base):
     """Cosine between the changes (ingredient - base) of each two ingredients -> square DataFrame by run.
-    `base` is the pretrained tower, a file or {name: tensor} with names 'tower.…'; the head, which it lacks, does not count.
-    NaN for an ingredient that equals it. ValueError where base and ingredients do not fit."""
+    `base`: the pretrained tower, a file or {name: tensor} with names 'tower.…'; it has no head, so heads do not count. NaN
+    for an ingredient that equals it. ValueError where base and ingredients do not fit."""
     ingredients, base = open_ingredients(paths), as_state(base)
     towers = [part_like(base, ingredient) for ingredient in ingredients]
     products = np.zeros((len(towers), len(towers)))
@@ -238,7 +238,7 @@ def soup_metadata(paths, method, **extra):
 
 class StateEmbedder:
     """Vectors and selection scores of states {name: tensor} of one architecture; equal states are embedded once.
-    splits: those of the run; 'seen' is added, images of trained classes."""
+    splits: those of the run, to which 'seen' is added, images of trained classes."""
 
     def __init__(self, run, splits):
         self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run), {}, {}
@@ -246,8 +246,8 @@ class StateEmbedder:
 
     @cached_property
     def base(self):
-        """The pretrained tower that the runs started from, as tensors named 'tower.…'; where it cannot be loaded that is
-        printed, and it is None."""
+        """The pretrained tower that the runs started from: {'tower.…': tensor}. If it cannot be loaded that is printed, and
+        it is None."""
         try:
             return base_state(self.run)
         except (ValueError, OSError) as error:
@@ -255,7 +255,7 @@ class StateEmbedder:
                          f'({error})')
 
     def load(self, state):
-        """Loads a state into the model; returns what equal states are known by."""
+        """Loads a state into the model; returns its hash."""
         load_strictly(self.model, state, getattr(state, 'path', 'the state'))
         return state_hash(state)
 
@@ -281,10 +281,10 @@ class StateEmbedder:
 
 
 def sweep_alpha(base, soup, alphas, embedder):
-    """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen: mP@5 at the head's full width; low, high: ends of the
-    95 % interval of 'never seen', as in score_table.
-    base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture;
-    images of trained classes ('seen') are each searched among the others."""
+    """WiSE-FT's curve: DataFrame alpha, selection, seen, never seen (each mP@5 at the head's full width), low, high (ends of
+    the 95 % interval of 'never seen', as in score_table).
+    base: tensors of the pretrained tower (base_state). soup: a run's folder. embedder: StateEmbedder of its architecture.
+    Each 'seen' image, of a trained class, is searched among the others."""
     splits, rows = embedder.splits, []
     for alpha in alphas:
         state = interpolate_states(base, soup, alpha)

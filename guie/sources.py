@@ -1,4 +1,4 @@
-"""Sources: what a folder, a CSV or a list of one's own means as data, before and while it is read."""
+"""Sources: what your own folder, CSV or list means as data, before and while it is read."""
 import os
 import re
 
@@ -12,7 +12,7 @@ from guie.listing import hidden, is_image
 
 PLACE4 = ['products-10k', 'landmark-recognition-2020']  # what the 4th place trained on
 OF_DATA = ('train', 'query', 'index', 'selection', 'root', 'name')
-PARTS = 'train training trainval val valid validation dev test testing eval'.split()  # as people call parts of one set
+PARTS = 'train training trainval val valid validation dev test testing eval'.split()  # usual names for parts of one set
 
 
 def as_list(sources):
@@ -22,9 +22,9 @@ def as_list(sources):
 
 
 def data_sources(data=None):
-    """load_data's arguments {name: source} of a notebook's DATA: training images, as a folder of class folders, a CSV, the
-    name of a known set or a list of these; or a dict of train, query, index, selection, root and name (what the data are
-    called in the names of runs). None: the data of the 4th place, without a name."""
+    """load_data's arguments {name: source} from a notebook's DATA: a folder of class folders, a CSV, the name of a known set
+    or a list of these to train on; or a dict of train, query, index, selection, root and name (of the data, in names of
+    runs). None: the data of the 4th place, without a name."""
     data = literal(data, dict, list, tuple)
     if data is None or isinstance(data, str) and not data.strip() or isinstance(data, dict) and not data.get('train'):
         given, name = {'train': PLACE4, **(data or {})}, ''
@@ -37,7 +37,7 @@ def data_sources(data=None):
 
 
 def set_name(source):
-    """What a data set is called: its file or folder without 'train', 'val' and the like, or else the folder around it."""
+    """A data set's name: its file or folder without 'train', 'val' and the like, or else the folder around it."""
     path = os.path.abspath(user_path(source))
     while os.path.basename(path):
         name = re.sub(r'(?i)\.(csv|tsv|txt|json)$', '', os.path.basename(path))
@@ -48,7 +48,7 @@ def set_name(source):
 
 
 def data_name(train):
-    """What the data of a run are called in its name: the names of their sets."""
+    """The name of a run's data: the names of its sets, joined by +."""
     return '+'.join(dict.fromkeys(re.sub(r'[^\w.-]+', '-', set_name(source)) for source in as_list(train)))[:80]
 
 
@@ -65,14 +65,14 @@ def images_in(folder):
 
 
 def image_folders(folder):
-    """The visible folders in a folder that hold an image, at whatever depth, by name."""
+    """Names of the visible folders in a folder that hold an image at any depth, sorted."""
     names = sorted(next(os.walk(folder), ((), ()))[1])
     suffixes = image_suffixes()
     return [name for name in names if not hidden(name) and holds_images(os.path.join(folder, name), suffixes, set())]
 
 
 def holds_images(folder, suffixes, seen):
-    """Whether a folder holds an image, at whatever depth; `seen` are the folders that need no second look."""
+    """Whether a folder holds an image at any depth; seen: folders already searched."""
     place = os.path.realpath(folder)
     if place in seen:
         return False
@@ -83,9 +83,9 @@ def holds_images(folder, suffixes, seen):
 
 
 def parts_of(source):
-    """[source], or if it is a folder of train/ and val/ those of them that hold class folders.
+    """[source]; for a folder of train/ and val/, those of them that hold class folders.
     ValueError, with the likely right folder, for one that can hardly be meant: images without class folders, train/ and val/
-    among other folders, one level too high."""
+    among other folders, or one level too high."""
     folder = os.path.abspath(user_path(source))
     if not os.path.isdir(folder) or str(source).lower().replace(' ', '-').replace('_', '-') in DATASETS:
         return [source]
@@ -108,7 +108,7 @@ def parts_of(source):
 
 
 def where_classes_are(folder):
-    """What to give instead of a folder without class folders: the one above, if it looks like a folder of them, or else."""
+    """Advice on a folder without class folders: the folder above if its folders look like classes, or how to make some."""
     above = os.path.dirname(folder)
     classes = [name for name in image_folders(above) if images_in(os.path.join(above, name))]
     likely = f'give {above} if its {len(classes):,} folders ({named(classes)}) are the classes, else ' * (len(classes) > 1)
@@ -136,8 +136,8 @@ def check_level(source, folder, inside):
 
 
 def read_sources(sources, root=None, download=False):
-    """read_dataset of one or several sources as one table. Parts of one set, as pets/train and pets/val, are one domain, and
-    the images of a class that several of them have are joined; sets that share a class by chance are an error. root,
+    """One or several sources as one table, by read_dataset. Parts of one set, such as pets/train and pets/val, share a
+    domain. Images of a class that several parts have are joined; sets that share a class by chance are an error. root,
     download: as in read_dataset."""
     sources = [part for source in as_list(sources) for part in parts_of(source)]
     frames = [read_dataset(source, root, download=download) for source in sources]
@@ -156,8 +156,8 @@ def read_sources(sources, root=None, download=False):
 
 
 def check_shared(classes, count):
-    """Prints how many classes several sources have; ValueError for one that is of two domains. classes: DataFrame label,
-    domain, source; count: of all classes."""
+    """Prints how many classes are in several sources; ValueError for one in two domains. classes: DataFrame label, domain,
+    source; count: number of all classes."""
     shared = classes[classes.duplicated('label', keep=False)].sort_values('label', kind='stable')
     twice = shared[shared.groupby('label')['domain'].transform('nunique') > 1]
     if len(twice):

@@ -18,9 +18,9 @@ from guie.weights import read_weights
 
 def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     """The images of one run, sorted by domain, label and path; the same whatever the order of the rows.
-    As the 4th place did: of each domain `n_classes` classes are drawn first (None: all), then those with fewer than
-    `min_images` dropped, then at most `max_images` a class sampled. Prints what came out. Raises ValueError when nothing is
-    left or when one label stands in two domains."""
+    As the 4th place did, it first draws `n_classes` classes of each domain (None: all), then drops those with fewer than
+    `min_images`, then samples at most `max_images` a class. Prints the result. ValueError when nothing is left or when a
+    label is in two domains."""
     check_one_each(frame, 'label', 'domain', 'select_classes')
     chosen = []
     for domain, part in frame.groupby('domain', sort=True):
@@ -58,7 +58,7 @@ def selection_hash(frame):
 
 
 def describe(frame):
-    """What images these are, in words; the last is selection_hash."""
+    """A line that says which images these are; its last word is selection_hash."""
     classes = frame.groupby('domain')['label'].nunique()
     parts = ', '.join(f'{count:,} {domain}' for domain, count in classes.items())
     return f'{len(frame):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(frame)}'
@@ -69,7 +69,7 @@ SELECTION = ('selection_query', 'selection_index')  # of the splits of a run: ob
 
 class Splits(dict):
     """{name: DataFrame path, label, domain} of a run; a notebook shows it as a table."""
-    name = ''  # of the training data, as load_data was given them
+    name = ''  # of the training data
 
     def table(self):
         """DataFrame split, images, classes, domains, hash."""
@@ -103,12 +103,12 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
               most_held_out=500, name=None, run_dir=None):
     """The splits of a run: dict train, pca (a sample of train), query, index, selection_query, selection_index.
     train: what read_dataset takes, or a list of such; a folder may hold train/ and val/. query, index: never-seen objects to
-    report on; selection: a pair (query, index) to make choices on. What is not given is made of classes held out of the
-    training data (`held_out` of them each, at most `most_held_out`): their images are dealt out in turn, one to the query,
-    two to the index. Where these would be too few it is made of images of the trained classes, and that is printed. A
-    class that is both trained and searched is named: it is no never-seen object. root, download: as in read_dataset, for
-    all; no download in a notebook that submits. name: of the data, for Splits.name; None: that of train. run_dir: ValueError
-    if a run of other images is there."""
+    report on; selection: a pair (query, index) to make choices on. A pair that is not given is made of held-out classes: for
+    each pair `held_out` of the training classes, at most `most_held_out`. Their images go in turn one to the query, two to
+    the index. If these are too few, images of the trained classes are held out instead, and that is printed. A class both
+    trained on and searched is printed too: it is not never-seen. root, download: as in read_dataset, for all; no download in
+    a notebook that submits. name: of the data; None: taken from train. run_dir: ValueError if it holds a run of other
+    images."""
     train, selection = literal(train, list, tuple), literal(selection, list, tuple)
     pairs = {('query', 'index'): (query, index), SELECTION: selection or (None, None)}
     for names, pair in pairs.items():
@@ -147,8 +147,8 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
 
 
 def hold_out_classes(frame, pairs, share, most, seed):
-    """({name: table} of classes held out for each pair of names, the table without them); ({}, None) if of those of a pair
-    fewer than two have several images, or fewer than two were left to train on."""
+    """({name: table} of classes held out for each pair of names, the table without them); ({}, None) if a pair would get
+    fewer than two classes with several images, or training fewer than two classes."""
     held = {}
     for names in pairs:
         if len(labels := frame['label'].unique()) < 2:
@@ -162,9 +162,9 @@ def hold_out_classes(frame, pairs, share, most, seed):
 
 
 def hold_out_images(frame, pairs, seed):
-    """({query: table} of one image in six of each class for each pair of names, the table without them). Of a class at least
-    two images stay; where nothing can be spared the query is one image a class, of those held out for the other query or
-    else of those trained on, and that is printed."""
+    """({query: table} of one image in six of each class for each pair of names, the table without them). At least two images
+    of a class stay. If none can be spared, the query is one image a class that the other query or training uses too, and
+    that is printed."""
     order = frame.sort_values('path', ignore_index=True).sample(frac=1, random_state=seed)
     place, size = order.groupby('label').cumcount(), order.groupby('label')['label'].transform('size')
     each, held, taken = (size // 6).clip(lower=1), {}, place < 0
@@ -180,7 +180,7 @@ def hold_out_images(frame, pairs, seed):
 
 
 def check_splits(splits, pairs):
-    """Prints what limits the scores of a run; ValueError where there would be none."""
+    """Prints what limits the scores of a run; ValueError if it could have none."""
     for query, index in pairs:
         if not splits[query]['label'].isin(splits[index]['label']).any():
             raise InputError(f'No image of {query} has its class in {index}: give images of the same classes as both.')
@@ -192,7 +192,7 @@ def check_splits(splits, pairs):
 
 
 def sample_objects(splits, n):
-    """{'query', 'index'}: positions of the images of the query's first n objects; n None: of all, the index's others too."""
+    """{'query', 'index'}: positions of the images of the query's first n objects; n None: of all images."""
     few = splits['query']['label'].drop_duplicates().head(n)
     return {part: np.arange(len(splits[part])) if n is None else np.flatnonzero(splits[part]['label'].isin(few))
             for part in ('query', 'index')}
@@ -204,10 +204,10 @@ def sample_classes(train, classes=200, each=5):
     return train[train['label'].isin(some)].groupby('label').head(each)
 
 
-# Whose run it is
+# The images of a run
 
 def trained_on(run_dir):
-    """What the run in a folder was trained on, as `describe` said it (an early version: its hash); '' if there is none."""
+    """The line of describe on the images that the run in a folder trains on (early versions: a hash); '' if unknown."""
     run_dir = Path(run_dir)
     for file in sorted(run_dir.glob('**/state/step-*/position.json'), reverse=True):
         with suppress(OSError, ValueError, KeyError):
@@ -219,12 +219,12 @@ def trained_on(run_dir):
 
 
 def other_images(there, here):
-    """Whether two of describe's lines are of different images; '' may be of any."""
+    """Whether two lines of describe are of different images; '' fits any."""
     return there.split()[-1:] not in ([], here.split()[-1:])
 
 
 def refuse_other_data(run_dir, data):
-    """ValueError if the run in a folder is of other images than `data`, of describe."""
+    """ValueError if the run in a folder is of other images than `data`, a line of describe."""
     if other_images(there := trained_on(run_dir), data):
         there, here = (f'hash {code}' + f', {words}' * bool(words) for words, _, code in
                        (line.rpartition(', hash ') for line in (there, data)))

@@ -66,7 +66,7 @@ class PlainOperators(TorchFunctionMode):
 
 
 def on_cpu(module):
-    """A copy of the module, in eval mode on the CPU, that shares what is there already."""
+    """A copy of the module, in eval mode on the CPU, that shares the tensors that are there already."""
     memo = {id(buffer): buffer.cpu() for buffer in module.buffers()} | {
         id(parameter): parameter if parameter.device.type == 'cpu' else nn.Parameter(parameter.detach().cpu(), False)
         for parameter in module.parameters()}
@@ -74,7 +74,7 @@ def on_cpu(module):
 
 
 def at_size(embedder, factor):
-    """The Embedder for inputs `factor` times as large, in whole patches, sharing all other weights."""
+    """A copy of the Embedder for inputs `factor` times as large, in whole patches, that shares all other weights."""
     if factor == 1:
         return embedder
     embedder = on_cpu(embedder)
@@ -90,7 +90,7 @@ class Submission(nn.Module):
     """What the host runs: an image of any size -> one unit vector of at most 64 numbers.
     members: Embedders, or paths of runs, each fed at its own spec.image_size; their unit vectors are concatenated.
     projection: nn.Linear to at most 64 columns, or None. Test-time options: flip averages over the image and its mirror
-    image, sizes over several multiples of the input size, e.g. (1, 1.25), with position embeddings resized."""
+    image; sizes averages over multiples of the input size, e.g. (1, 1.25), with position embeddings resized."""
 
     def __init__(self, members, projection=None, *, flip=False, sizes=(1,)):
         super().__init__()
@@ -104,7 +104,7 @@ class Submission(nn.Module):
         return F.normalize(vector if self.projection is None else self.projection(vector))
 
     def look(self, image, scales):
-        """One member's unit vector, the mean over sizes and flips."""
+        """One member's unit vector: the mean over sizes and flips."""
         vectors = []
         for embedder in scales:
             pixels, side = image.type_as(embedder.mean), embedder.spec.image_size
@@ -130,9 +130,9 @@ def check_vector(vector):
 
 
 def check_operators(block, host):
-    """ValueError that names the layer of the first operator which PyTorch 1.11 does not have.
-    A traced graph is torch's own format, and nothing but the graph says what a file will ask of its reader. host: {operator:
-    [argument lists]} of 1.11, written by tools/host_operators.py from its own schemas."""
+    """ValueError that names the layer of the first operator that PyTorch 1.11 does not have.
+    A traced graph is torch's own format, and only the graph says which operators a file needs. host: {operator: [argument
+    lists]} of 1.11, written by tools/host_operators.py from its own schemas."""
     for node in block.nodes():
         syntax = node.schema() == '(no schema)' and node.kind().startswith('prim::')  # such as a constant or a list
         if not syntax and not any(accepts(arguments, node) for arguments in host.get(node.kind(), ())):
@@ -144,7 +144,7 @@ def check_operators(block, host):
 
 
 def accepts(arguments, node):
-    """Whether these arguments of 1.11 take a node's inputs: the same names and types, all others at their defaults."""
+    """Whether these arguments of 1.11 take a node's inputs: equal names and types, and defaults for all others."""
     theirs, ours = split_arguments(arguments), split_arguments(node.schema().partition('(')[2].rpartition(' ->')[0])
     for (name, (kind, default)), value in zip(ours.items(), node.inputs()):
         known, optional = theirs.get(name, ('', None))[0], str(value.type()) == 'NoneType'
@@ -177,7 +177,7 @@ def check_difference(model, file, tolerance=1e-5):
 
 
 def save_traced(model, file):
-    """Write a checked trace of the model; returns (dimensions, difference from the model)."""
+    """Saves a checked trace of the model; returns (dimensions, difference from the model)."""
     example = torch.randint(256, (1, 3, 37, 53), dtype=torch.uint8)
     try:
         vector = model(example)
@@ -201,12 +201,12 @@ def save_traced(model, file):
 
 
 def export_submission(model, path, *, reference=None, submit=False):
-    """Write submission.zip for the host: `model` as saved_model.pt, TorchScript that PyTorch 1.11 runs.
+    """Saves submission.zip for the host: `model` as saved_model.pt, TorchScript that PyTorch 1.11 runs.
     model: Submission, Embedder, or any module uint8 (1, 3, H, W) -> float32 (1, dim <= 64) of length 1. Operators and file
     version are checked against 1.11's, and the reloaded file against the model (1e-5). reference: a table of images; the
-    first few that can be read and their vectors are written beside it as reference.npz (images uint8 (n, 3, 96, 96),
-    vectors). submit: on Kaggle it is left where the competition looks for it too. ValueError: a model the host cannot use.
-    OSError: nowhere to write; what stood at `path` stays until the new file is whole."""
+    first few that can be read are saved with their vectors as reference.npz in the same folder (images uint8 (n, 3, 96, 96),
+    vectors). submit: on Kaggle, also saves it where the competition looks for it. ValueError: a model the host cannot use.
+    OSError: it cannot be written; the old file at `path` stays until the new one is whole."""
     path = user_path(path)
     path = path / 'submission.zip' if path.is_dir() else path
     model = on_cpu(Submission([model]) if isinstance(model, Embedder) else model)
@@ -238,7 +238,7 @@ def reference_images(frame, count=16, size=96):
 
 
 def note_left_out(unreadable, *tables):
-    """Prints how many images could not be read, the first by name; OSError if all of a table's paths are among them."""
+    """Prints how many images could not be read, and the first; OSError if all of a table's paths are among them."""
     for paths in tables if unreadable else ():
         if {*paths} <= {*unreadable}:
             raise FileError(f'None of {len({*paths})} images can be read, first {min(paths)}: check the data folder.')
@@ -247,7 +247,7 @@ def note_left_out(unreadable, *tables):
 
 
 def load_submission(zip_path):
-    """The module in a submission. FileNotFoundError; ValueError for a file that is none."""
+    """The module in a submission. FileNotFoundError; ValueError for another file."""
     if not Path(zip_path).is_file():
         raise MissingError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
     try:
@@ -273,7 +273,7 @@ def host_pixels(path):
 
 
 def host_vector(model, zip_path, path, pixels):
-    """What the host takes of the output for one image, flattened: float32 (dim,)."""
+    """The output for one image, flattened as the host does it: float32 (dim,). ValueError if the host cannot use it."""
     try:
         output, wrong = model(pixels[None]), ''
     except RuntimeError as error:
@@ -306,11 +306,11 @@ def host_vectors(model, zip_path, paths, max_unreadable):
 
 
 def evaluate_submission(zip_path, query_frame, index_frame, *, max_unreadable=None):
-    """Replay the host: every image (columns path, label) through the file one by one, nearest by Euclidean distance, mP@5.
+    """Does what the host does: every image (columns path, label) through the file one by one, Euclidean neighbours, mP@5.
     Prints images a second, reading included, and the hours that the host's 205,000 would take here. Images that cannot be
-    read are left out and named; more than max_unreadable (None: 100, or one in a hundred), or all, raise OSError. Returns a
-    dict: mp5, images_per_second, hours, dim, the paths `unreadable`, and the vectors query and index of all others, float32
-    (n, dim)."""
+    read are left out and counted; more than max_unreadable (None: 100, or one in a hundred), or all, raise OSError. Returns
+    a dict: mp5, images_per_second, hours, dim, the paths `unreadable`, and the vectors query and index of all others,
+    float32 (n, dim)."""
     zip_path, frames = user_path(zip_path), (query_frame, index_frame)
     model, paths = load_submission(zip_path), dict.fromkeys([*query_frame['path'], *index_frame['path']])
     most, start = max(100, len(paths) // 100) if max_unreadable is None else max_unreadable, time.perf_counter()
@@ -330,9 +330,9 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, max_unreadable=No
 
 
 def replay_submission(path, splits, vectors, projection, *, objects=None):
-    """evaluate_submission on some objects (None: all), beside the score of the notebook's own vectors (of embed_all) through
-    the submission's projection (n, d) -> (n, dim). Returns (splits, vectors) of what was replayed, without images that
-    cannot be read."""
+    """evaluate_submission on some objects (None: all); also prints the score of the notebook's own vectors (of embed_all)
+    through the submission's projection (n, d) -> (n, dim). Returns (splits without images that cannot be read, the dict of
+    evaluate_submission)."""
     rows = sample_objects(splits, objects)
     replay = evaluate_submission(path, *(splits[part].iloc[rows[part]] for part in ('query', 'index')))
     rows = {part: rows[part][~splits[part]['path'].iloc[rows[part]].isin(replay['unreadable'])] for part in rows}

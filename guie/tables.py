@@ -10,10 +10,10 @@ from guie.files import printable
 
 def table(frame, formats=None, *, missing='–', longest=60):
     """A DataFrame to read: HTML in a notebook, aligned text where it is printed -> Table.
-    Numbers stand right, floats with three decimals, whole numbers in groups of thousands; True is yes. formats: {column: a
-    format string such as '{:.3g}', or a function of the value}; a function also gets missing values. missing: what None and
-    NaN are shown as. longest: characters of a text, which loses its middle beyond; None: all are shown. The index is shown
-    if it has a name."""
+    Numbers are right-aligned, floats with three decimals, whole numbers with a comma for thousands; True is yes. formats:
+    {column: a format string such as '{:.3g}', or a function of the value}; a function also gets missing values. missing:
+    shown for None and NaN. longest: characters of a text, beyond which it loses its middle; None: all are shown. The index
+    is shown if it has a name."""
     frame, formats = pd.DataFrame(frame), formats or {}
     index = [frame.index.get_level_values(level) for level in range(frame.index.nlevels)]
     named = index if any(level.name is not None for level in index) else []
@@ -28,7 +28,7 @@ def table(frame, formats=None, *, missing='–', longest=60):
 
 
 class Table:
-    """A table of texts: columns [(header and cells, whether they stand right)]."""
+    """A table of texts: columns [(header and cells, whether they are right-aligned)]."""
 
     def __init__(self, columns):
         self.columns = columns
@@ -50,7 +50,7 @@ class Table:
 
 
 def html_row(element, cells, sides):
-    """A row of escaped texts, each at its side."""
+    """A row of escaped texts, each aligned to its side."""
     cells = [f'<{element} style="text-align: {side}">{cell}</{element}>' for cell, side in zip(cells, sides)]
     return f'<tr>{"".join(cells)}</tr>\n'
 
@@ -78,12 +78,12 @@ def is_numeric(values):
 
 
 def one_line(text):
-    """A text without what breaks a line or cannot be seen: each such character is a blank."""
+    """A text with a blank for each character that breaks a line or cannot be seen."""
     return ''.join(letter if letter.isprintable() else ' ' for letter in printable(text))
 
 
 def shortened(text, longest):
-    """A text of at most so many characters: '…' is in the place of its middle."""
+    """A text of at most `longest` characters; a longer one has '…' for its middle."""
     if longest is None or len(text) <= longest:
         return text
     return f'{text[:longest // 2]}…{text[len(text) - (longest - 1) // 2:]}'

@@ -26,8 +26,8 @@ def words_of(name):
 
 
 class WordTokenizer:
-    """Whole words to numbers, for a text tower with a small vocabulary (the miniature CLIP). Words it does not know are left
-    out, counted in `unknown`."""
+    """Whole words to numbers, for a text tower with a small vocabulary (the miniature CLIP). Unknown words are left out and
+    counted in `unknown`."""
 
     def __init__(self, words, context_length):
         self.numbers = {word: number for number, word in enumerate(words, start=2)}  # 0 pads, 1 begins
@@ -47,8 +47,8 @@ class WordTokenizer:
 
 
 def load_text_tower(model_name, pretrained=''):
-    """encode(texts, batch_size=256) -> float32 (n, d), the text half of the model that load_image_tower would load.
-    Not normalised. Unknown words of a small vocabulary are reported once a call."""
+    """Returns encode(texts, batch_size=256) -> float32 (n, d), the text half of the model that load_image_tower loads.
+    Not normalised. Words that a small vocabulary lacks are printed once a call."""
     model = load_open_clip(model_name, pretrained).eval()
     config = Path(model_name.removeprefix('local-dir:'), 'open_clip_config.json')
     words = json.loads(config.read_text()).get('words') if model_name.startswith('local-dir:') else None
@@ -75,8 +75,8 @@ def load_text_tower(model_name, pretrained=''):
 
 def read_vocabulary(source, weights=None):
     """Names of things: DataFrame kind, name, weight. source: a JSON file {kind: [names]}, or such a dict.
-    weights: {kind: how much each of its names counts in a PCA}, 1 for the others. Blank names and names that were there
-    before (in any kind, whatever their case) are dropped; how many is printed. ValueError for what is no vocabulary."""
+    weights: {kind: how much each of its names counts in a PCA}, 1 for the others. Blank and repeated names (in any kind,
+    whatever their case) are dropped; prints how many. ValueError for what is no vocabulary."""
     kinds, called = (source, 'The vocabulary') if isinstance(source, dict) else (read_json(source), source)
     if not isinstance(kinds, dict):
         raise InputError(f'{called} is not a vocabulary, a JSON object of kinds with lists of names.')
@@ -95,14 +95,14 @@ def read_vocabulary(source, weights=None):
 
 
 def read_json(path):
-    """What a JSON file holds, in whatever encoding. FileNotFoundError; ValueError, naming the file, for one that is none."""
+    """What a JSON file holds, in any encoding. FileNotFoundError; ValueError, naming the file, for another file."""
     path = user_path(path)
     if not path.is_file():
         raise MissingError(f'There is no vocabulary {path}: check the path.')
     content = path.read_bytes()
     try:
         try:
-            return json.loads(content)  # which tells UTF-8, with its mark or without, from UTF-16
+            return json.loads(content)  # it tells UTF-8, with its mark or without, from UTF-16
         except UnicodeDecodeError:
             print(f'{path} is not UTF-8 and was read as latin-1, which editors in Western Europe write')
             return json.loads(content.decode('latin-1'))
@@ -111,7 +111,7 @@ def read_json(path):
 
 
 def kind_weights(weights, kinds):
-    """{kind: weight} of a dict, or of its text; ValueError for another kind or what is no number."""
+    """{kind: weight} of a dict, or of its text; ValueError for an unknown kind or a weight that is no number."""
     weights = literal(weights, dict) or {}
     if not isinstance(weights, dict):
         raise InputError(f"The weights of kinds are {weights!r}; give {{kind: weight}}, for example {{'landmarks': 2}}.")
@@ -125,14 +125,14 @@ def kind_weights(weights, kinds):
 
 
 def listed(templates):
-    """Templates as a list: None is TEMPLATES, one alone counts too, and so does the text that papermill makes of a list."""
+    """Templates as a list: None is TEMPLATES; one alone, or papermill's text of a list, counts too."""
     read = TEMPLATES if templates is None else literal(templates, list, tuple)
     return [read] if isinstance(read, str) or callable(read) else list(read)
 
 
 def text_vectors(encode, names, templates=None):
-    """Mean over the templates (None: TEMPLATES) of each name's unit text vector, again of length 1: float32 (n, d).
-    A template is a text with {} for the name, or a function name -> text, as open_clip's own."""
+    """Unit vector of each name: the mean of its unit text vectors over the templates (None: TEMPLATES), float32 (n, d).
+    A template is a text with {} for the name, or a function name -> text, like open_clip's own."""
     names, templates = [names] if isinstance(names, str) else list(names), listed(templates)
     if not names or not templates:
         raise InputError(f'There are no {"templates" if names else "names"}: give at least one.')

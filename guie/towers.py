@@ -22,19 +22,19 @@ from guie.weights import check_fit, load_strictly, read_weights, text_state, tow
 STAGES = {'stem': r'stem|patch_embed|pos_embed|cls_token',
           'blocks': [(r'(?:stages|transformers)\.(\d+)\.(?:downsample|pool)\.', (0,)),
                      (r'(?:stages|transformers)\.(\d+)(?:\.blocks)?\.(\d+)', None)]}
-MATCHERS = {  # of the classes without a group_matcher, in its format: open_clip's own and three of timm's
+MATCHERS = {  # for classes without a group_matcher, in its format: open_clip's own and three of timm's
     'VisionTransformer': {'stem': 'conv1|class_embedding|positional_embedding|ln_pre',
                           'blocks': r'transformer\.resblocks\.(\d+)'},
     'ModifiedResNet': {'stem': r'conv\d|bn\d', 'blocks': r'layer(\d+)\.(\d+)'},
     **dict.fromkeys(('CSATv2', 'MetaFormer', 'PoolingVisionTransformer'), STAGES)}
-STEM = re.compile(r'(cls_token|reg_token|pos_embed|norm_pre)(\.|$)')  # which group_matchers before timm 1.0.31 place last
+STEM = re.compile(r'(cls_token|reg_token|pos_embed|norm_pre)(\.|$)')  # group_matchers before timm 1.0.31 place these last
 MOBILE_CLIP = 'image_encoder.model.patch_emb'  # begins the names of Apple's own files
-NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the least that open_clip builds
+NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the smallest that open_clip builds
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What belongs to an image tower's weights and is lost when only the weights are kept."""
+    """What an image tower needs besides its weights."""
     model_name: str     # as given to load_image_tower
     pretrained: str     # tag or file of the weights it started from
     image_size: int     # pixels
@@ -46,8 +46,8 @@ class TowerSpec:
 
 
 def weights_source(model_name, pretrained):
-    """(what open_clip is to load, tag's facts) for a built-in name: a tag, a file, or 'tag@file' (a file that keeps the
-    tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
+    """(what open_clip is to load, settings of the tag) for a built-in name. pretrained: a tag, a file, or 'tag@file' (a file
+    with the tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
     if model_name not in open_clip.list_models():
         raise InputError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
     tags = open_clip.list_pretrained_tags_by_model(model_name)
@@ -73,7 +73,7 @@ def weights_source(model_name, pretrained):
 
 @contextmanager
 def no_warnings_logged():
-    """Silences what open_clip logs of random weights that are meant to be random."""
+    """Silences open_clip's warnings of random weights that are meant to be random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -83,9 +83,9 @@ def no_warnings_logged():
 
 
 def packed(vision_cfg):
-    """open_clip's vision_cfg, its transformer's blocks being those that compute query, key and value in one product.
-    Names, shapes and output are those of the default blocks; PyTorch's own attention copies the three apart. CoCa's towers
-    return one vector an image too, without the tokens that only its text decoder reads."""
+    """open_clip's vision_cfg with transformer blocks that compute query, key and value in one product.
+    Names, shapes and output are those of the default blocks, in which PyTorch's own attention copies the three apart. CoCa's
+    towers then return one vector an image too, without the tokens that only their text decoder reads."""
     is_transformer = 'timm_model_name' not in vision_cfg and isinstance(vision_cfg.get('layers', 12), int)
     return vision_cfg | ({'block_type': 'custom', 'output_tokens': False} if is_transformer else {})
 
@@ -101,7 +101,7 @@ def load_open_clip(model_name, pretrained, image_size=None, *, text=True):
         vision_cfg = packed(open_clip.get_model_config(model_name)['vision_cfg'])
         if model_name.startswith('local-dir:') and not random:
             file = model_name.removeprefix('local-dir:')
-        whole = random or file  # nothing is left to open_clip to load
+        whole = random or file  # open_clip itself loads nothing
         with no_warnings_logged() if whole else nullcontext():
             model = open_clip.create_model(
                 model_name, pretrained=None if file else source, load_weights=not whole, require_pretrained=not whole,
@@ -147,7 +147,7 @@ def load_text(model, tensors, path):
 
 
 def load_resized(tower, state, source, side):
-    """load_strictly of weights at their own image size into a tower, which then takes squares of `side` pixels."""
+    """Loads weights (load_strictly) at their own image size; then the tower takes squares of `side` pixels."""
     own = tower.state_dict()
     if side and any(name in own and own[name].shape != tensor.shape for name, tensor in state.items()):
         resize_tower(tower, side)  # fine-tuned at another size, mostly at the one that is asked for
@@ -157,9 +157,9 @@ def load_resized(tower, state, source, side):
 
 
 def load_image_tower(model_name, pretrained='', image_size=None):
-    """The image half of a pretrained model, with what belongs to its weights as `tower.spec`.
+    """The image half of a pretrained model, with its TowerSpec as `tower.spec`.
     model_name: an open_clip name, 'local-dir:folder', 'hf-hub:org/name', or 'timm:name'. pretrained: a tag, a file,
-    'tag@file', 'random' or 'tag@random'. image_size: pixels; another than the weights' own resizes the position embedding.
+    'tag@file', 'random' or 'tag@random'. image_size: pixels; if not the weights' own, the position embedding is resized.
     Returns a module: normalised float (n, 3, s, s) -> (n, spec.width). ValueError: unknown name, tag or file, or weights
     that do not fit."""
     if model_name.startswith('timm:'):
@@ -215,7 +215,7 @@ def unloaded_tower(config):
 
 
 def build_tower(spec):
-    """The tower of a TowerSpec without its weights (random ones), for weights of our own."""
+    """The tower of a TowerSpec with random weights, to load our own into."""
     plan = spec.architecture
     if plan.get('library') == 'timm':
         tower = timm.create_model(plan['name'], pretrained=False, **plan['options'])
@@ -248,8 +248,8 @@ def unwrapped(tower):
 
 
 def tower_blocks(tower):
-    """({name: block of each parameter}, number of blocks); -1 lies before the blocks, their number follows them.
-    Blocks are the layers by which timm lets learning rates rise with depth. InputError: the order cannot be told."""
+    """({name: block of each parameter}, number of blocks); -1 comes before the blocks, their number after them.
+    Blocks are the layers over which timm lets learning rates rise. InputError: the order of layers is unknown."""
     trunk, prefix = unwrapped(tower)
     kinds = [kind.__name__ for kind in type(trunk).__mro__]
     matcher = trunk.group_matcher() if hasattr(trunk, 'group_matcher') else next(
@@ -268,7 +268,7 @@ def tower_blocks(tower):
 
 
 def block_modules(tower):
-    """[the outermost modules that lie in one block each]; of a tower whose order cannot be told, none."""
+    """[the outermost modules that lie in one block each]; [] for a tower whose order of layers is unknown."""
     try:
         blocks, depth = tower_blocks(tower)
     except InputError:
@@ -276,7 +276,7 @@ def block_modules(tower):
     found = {}
     for name, module in tower.named_modules():
         inside = [block for key, block in blocks.items() if key.startswith(f'{name}.')]
-        own = len(inside) == len(list(module.parameters()))  # none is another module's too
+        own = len(inside) == len(list(module.parameters()))  # none is shared with another module
         if own and len(set(inside)) == 1 and 0 <= inside[0] < depth and not isinstance(module, nn.ModuleList) and not any(
                 name.startswith(f'{outer}.') for outer in found):
             found[name] = module
@@ -284,7 +284,7 @@ def block_modules(tower):
 
 
 def checkpoint_activations(tower):
-    """Recompute activations in the backward pass instead of keeping them, where the tower can."""
+    """Makes the tower recompute activations in the backward pass instead of keeping them, if it can."""
     if isinstance(tower, VisionTransformer):  # open_clip passes its packed blocks arguments that they do not take
         for block in tower.transformer.resblocks:
             block.forward = partial(checkpoint, type(block).forward, block, use_reentrant=False)

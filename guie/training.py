@@ -31,14 +31,14 @@ from guie.towers import checkpoint_activations
 
 
 def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=0, started=None):
-    """Fine-tunes the Embedder on the labelled images by ArcFace and writes the run.
+    """Fine-tunes the Embedder on the labelled images by ArcFace and saves the run.
     model: Embedder with a SubcenterHead of as many classes as `train` (DataFrame path, label) has; trained in place.
-    run_dir: resumed from the state found there, or from the one that a run of the same name and configuration left below a
-    folder of `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps and at the end;
-    the best weights are then what the run keeps, else the last ones. epoch: number of the first. started: when
-    config.max_hours begin; None is now. Writes model.safetensors, config.json, log.csv, state/, and at need unreadable.txt,
-    not_finite.txt. Stopped: config.max_hours are over, or it is interrupted. ValueError: data and head disagree.
-    FloatingPointError: the loss stays NaN. OSError: too many broken images, or a disk that does not write."""
+    run_dir: resumed from the state in it, or from one that a run of the same name and configuration left below a folder of
+    `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps and at the end; the run
+    then keeps the best weights, else the last ones. epoch: number of the first. started: the time from which
+    config.max_hours count; None is now. Writes model.safetensors, config.json, log.csv, state/, and if needed
+    unreadable.txt, not_finite.txt. Stopped: config.max_hours are over, or it was interrupted. ValueError: data and head
+    disagree. FloatingPointError: the loss stays NaN. OSError: too many unreadable images, or a disk that refuses."""
     started = started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
@@ -90,7 +90,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
 
 
 def step_of(config, images, processes):
-    """(images of a batch on each device, batches of a step): as config says, or as many as there are images."""
+    """(images of a batch on each device, batches of a step): as in config, or fewer if there are too few images."""
     if images < processes:
         raise InputError(f'{images} images cannot be shared by {processes} processes: take more images or fewer GPUs.')
     batch = min(config.batch_size, images // processes)
@@ -98,8 +98,8 @@ def step_of(config, images, processes):
 
 
 def prepare(accelerator, config, model, run_dir, progress, steps):
-    """The Run: optimiser, schedule and precision, a copy of the model on each GPU or with config.shard a part of it."""
-    torch.manual_seed(config.seed + accelerator.process_index)  # dropout; initial weights are made before, elsewhere
+    """The Run: optimiser, schedule and precision, a copy of the model on each GPU or, with config.shard, a part of it."""
+    torch.manual_seed(config.seed + accelerator.process_index)  # for dropout; the initial weights are made before
     if config.checkpoint_activations:
         checkpoint_activations(model.tower)
     freeze(model, config.trains)
@@ -130,8 +130,8 @@ def learning_rate_share(step, steps, warmup):
 
 def optimiser_step(run, batches, margins):
     """One optimiser step over several batches: (mean loss, whether the weights moved).
-    They stay where loss or gradient are not finite; the loss is then NaN, but for what fp16's scaler mends by itself: a
-    gradient too large for the present scale, which it halves."""
+    If loss or gradient is not finite, the weights stay and the loss is NaN. If only fp16's scale was too large for the
+    gradient, the weights stay too, but the scaler halves its scale and the loss keeps its value."""
     total, device, scaler = 0.0, run.accelerator.device, run.scaler
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else run.accelerator.no_sync(run.wrapped):
@@ -145,9 +145,9 @@ def optimiser_step(run, batches, margins):
     if math.isfinite(total):
         scaler.unscale_(run.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
-        moved = math.isfinite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)  # the former: of a sharded model
+        moved = math.isfinite(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)  # a sharded model has the former
         rescaled = not moved and scaler.is_enabled() and scaler.get_scale() > 1
-        if moved or scaler.is_enabled():  # which leaves the weights where it found such a gradient, and lowers its scale
+        if moved or scaler.is_enabled():  # it skips such a gradient, and lowers its scale
             scaler.step(run.optimiser)
             scaler.update()
     run.optimiser.zero_grad()
@@ -155,7 +155,7 @@ def optimiser_step(run, batches, margins):
 
 
 def note_skipped(run, batches, dataset):
-    """Keeps the file names of a step that was left out, and stops the run after more than config.max_skipped of them."""
+    """Notes the images of a skipped step, and stops the run after more than config.max_skipped of them."""
     progress, config, file = run.progress, run.config, run.folder / 'not_finite.txt'
     progress.skipped += 1
     indices = run.accelerator.gather(torch.cat([batch['index'] for batch in batches]).to(run.accelerator.device)).tolist()
@@ -193,7 +193,7 @@ def score_when_due(run, validate, steps):
 
 
 def validate_and_save_best(run, validate):
-    """Scores the model on selection data, all processes together, and writes it if it is the best so far -> the score."""
+    """Scores the model on selection data, all processes together; saves it if it is the best so far -> the score."""
     run.model.eval()
     score = torch.tensor(float(validate(run.model)), device=run.accelerator.device)
     run.model.train()
@@ -206,7 +206,7 @@ def validate_and_save_best(run, validate):
 
 
 def save_weights(run, file='model.safetensors', **facts):
-    """Writes the run's weights, by one process."""
+    """Saves the run's weights, by one process."""
     state = full_state(run.model)
     if run.main:
         save_run(run.folder, run.model, run.config, state=state, file=file, data=run.progress.data, **facts)
@@ -214,7 +214,7 @@ def save_weights(run, file='model.safetensors', **facts):
 
 
 def finish(run, validate, unreadable):
-    """The end of a run: its weights if none better are kept, their hash, and what could not be read."""
+    """Ends a run: saves its weights if no better ones are kept, prints their hash and which images could not be read."""
     best, final, scored = run.folder / BEST, run.folder / 'model.safetensors', validate and run.config.validate_every
     if scored and not run.progress.step:
         validate_and_save_best(run, validate)
@@ -233,7 +233,7 @@ def finish(run, validate, unreadable):
 
 @contextmanager
 def readable_errors(run, dataset):
-    """What data loading and a full GPU raise, as one sentence; broken images are listed however the run ends.
+    """Turns errors of data loading and of a full GPU into one sentence; unreadable images are listed however the run ends.
     A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
     name = run.folder.name
     try:
@@ -253,8 +253,8 @@ def readable_errors(run, dataset):
 
 
 def write_unreadable(run, found):
-    """Adds paths to unreadable.txt, which holds those of the run's earlier sessions too; returns all of them. A path is a
-    line, with \\n for a newline in it."""
+    """Adds paths to unreadable.txt, which also holds those of earlier sessions; returns all of them. Each path is a line, a
+    newline in it \\n."""
     file = run.folder / 'unreadable.txt'
     before = os.fsdecode(file.read_bytes()).split('\n')[:-1] if file.exists() else []
     paths = sorted({*before, *(path.replace('\n', '\\n') for path in found)})
@@ -283,7 +283,7 @@ def run_job(config, splits, run_dir, *, weights=None, **options):
 
 
 def main(run_dir):
-    """In a launched process: what write_job wrote."""
+    """In a launched process: runs what write_job wrote."""
     job = Path(run_dir) / 'job'
     run_job(Config.load(job / 'config.json'), Splits.load(job / 'splits.csv'), run_dir,
             **json.loads((job / 'options.json').read_text()))

@@ -1,4 +1,4 @@
-"""Weights: files of anybody's, read without running them, and their tensors under our names."""
+"""Weights: reads files of any origin without running them, and gives their tensors our names."""
 import argparse
 import pickle
 import re
@@ -17,8 +17,8 @@ from guie.files import user_path
 
 SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt')
 OF_A_FOLDER = ('model.safetensors', 'open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors',
-               'open_clip_pytorch_model.bin', 'pytorch_model.bin')  # a run's, save_pretrained's: one model, the first counts
-STATES = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state_dict')  # in a checkpoint, the first counts
+               'open_clip_pytorch_model.bin', 'pytorch_model.bin')  # of a run or save_pretrained; the first counts
+STATES = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state_dict')  # in a checkpoint; the first counts
 CAUSES = (  # how a file begins, what it is and what to do
     (rb'\Z', 'is empty: copy or download it again.'),
     (rb'version https://git-lfs', 'is a Git LFS pointer in place of the weights: run git lfs pull, or download the file.'),
@@ -50,7 +50,7 @@ POSITIONS = re.compile(r'(?:^|\.)(?:positional_embedding|pos_embed)$')
 # Files
 
 def weights_file(path):
-    """The file of weights that a path names: itself, or in the folder of a run, of save_pretrained, or of one such file."""
+    """The file of weights of a path: itself, or that in the folder of a run, of save_pretrained, or with one such file."""
     path = user_path(path)
     found = [path]
     if path.is_dir():
@@ -66,9 +66,9 @@ def weights_file(path):
 
 
 def read_weights(path):
-    """({name: tensor}, metadata) of a file of weights, tensors mapped and not yet read; nothing in the file is executed.
-    The content decides: safetensors, torch.save of a state dict, also one within a checkpoint, or TorchScript. ValueError
-    for a file that is truncated, of another kind, or holds Python objects."""
+    """({name: tensor}, metadata) of a file of weights. Tensors are mapped, not yet read; nothing in the file is executed.
+    Its content decides, not its name: safetensors, a state dict of torch.save, also within a checkpoint, or TorchScript.
+    ValueError for a file that is truncated, of another kind, or holds Python objects."""
     path = Path(path).resolve()  # the name of what a link leads to
     try:
         with open(path, 'rb') as file:
@@ -99,7 +99,7 @@ def read_weights(path):
 
 
 def saved_tensors(path, mapped):
-    """{name: tensor} of what torch.save wrote: a state dict, or the first of STATES, else the largest, in a checkpoint."""
+    """{name: tensor} of what torch.save wrote: a state dict or, in a checkpoint, the first of STATES, else the largest."""
     with open(path, 'rb') as file, torch.serialization.safe_globals([argparse.Namespace]):  # timm's options; plain values
         by_name = mapped and path.suffix != '.safetensors'  # torch.load would trust the name
         held = torch.load(path if by_name else file, map_location='cpu', mmap=by_name, weights_only=True)
@@ -121,10 +121,10 @@ def tensors_of(held):
 
 
 class Recorded:
-    """Stands for every class that a TorchScript archive names: keeps attributes, does nothing."""
+    """Replaces every class that a TorchScript archive names: keeps attributes, does nothing."""
 
     def __init__(self, *arguments):
-        """Arguments are of no use."""
+        """Ignores its arguments."""
 
     def __setstate__(self, attributes):
         vars(self).update(attributes if isinstance(attributes, dict) else {})
@@ -163,9 +163,9 @@ def script_tensors(path):
 # Names
 
 def our_names(tensors, source, own=()):
-    """The tensors of anybody's file under our names: tower.…, head.embedding.weight, head.centers, projection.….
-    Wrappers' prefixes and text towers are left out; what else is, is printed. own: names of the tower to be loaded, which
-    then decide; without them the file's do. ValueError for a file that holds nothing of ours, or transformers' names."""
+    """The tensors of a file of any origin under our names: tower.…, head.embedding.weight, head.centers, projection.….
+    Wrappers' prefixes and text towers are left out; whatever else is left out is printed. own: names of the tower to load,
+    which then decide; without them the file's do. ValueError for a file with nothing of ours, or transformers' names."""
     named = {INNER.sub('', name): tensor for name, tensor in tensors.items()}
     if any('embeddings.patch_embedding' in name for name in named):
         raise InputError(f"{source} has the names of the transformers library, not open_clip's or timm's: give the model's "
@@ -200,8 +200,8 @@ def tower_root(names, own=()):
 
 
 def prefix_of(own, names):
-    """The prefix under which a file has most names of a tower, at least half of them; None where there is none.
-    Blocks of a text tower are named as those of an image tower: its embedding of words tells them apart."""
+    """The prefix under which a file has most names of a tower, at least half of them; None if there is none.
+    Text and image towers name their blocks alike: the word embedding of a text tower tells them apart."""
     starts = {name: [0, *(dot.end() for dot in re.finditer(r'\.', name))] for name in names}
     counts = Counter(name[:start] for name in names for start in starts[name] if name[start:] in own)
     counts = {prefix: count for prefix, count in counts.items() if 2 * count >= len(own)
@@ -217,7 +217,7 @@ def tower_state(tensors, source, own):
 
 
 def text_state(tensors, own):
-    """The text half of anybody's CLIP under the names of one of open_clip's, with or without 'text.' before them."""
+    """The text half of any CLIP under the names of open_clip's in `own`, with or without 'text.' before them."""
     named = {INNER.sub('', name): tensor for name, tensor in tensors.items()}
     for short in ({name: name for name in own}, {name.removeprefix('text.'): name for name in own}):
         root = prefix_of(short, named)
@@ -232,8 +232,8 @@ def text_state(tensors, own):
 # Fit
 
 def load_strictly(module, state, source):
-    """module.load_state_dict with every missing, unexpected or misshapen tensor an error of one sentence. Position
-    embeddings of another image size are interpolated to the module's."""
+    """module.load_state_dict, but one sentence is raised for missing, unexpected or misshapen tensors. Position embeddings
+    of another image size are interpolated to the module's."""
     own = module.state_dict()
     state = {name: resampled(tensor, own[name], source) if name in own and POSITIONS.search(name) else tensor
              for name, tensor in state.items()}
@@ -242,7 +242,7 @@ def load_strictly(module, state, source):
 
 
 def resampled(position, like, source):
-    """A position embedding on the grid of another, by bicubic interpolation in float32; as it is where that cannot be."""
+    """A position embedding on the grid of another, by bicubic interpolation in float32; unchanged if that is impossible."""
     if like.ndim not in (2, 3) or position.ndim != like.ndim or position.shape == like.shape:
         return position
     side = isqrt(like.shape[-2])
@@ -294,7 +294,7 @@ def architecture_of(state):
 
 def plan_of(vision_cfg):
     """(blocks of each stage, width of the first convolution, its side) of open_clip's own towers; () of others."""
-    if not vision_cfg or 'timm_model_name' in vision_cfg:  # some models hear and do not see
+    if not vision_cfg or 'timm_model_name' in vision_cfg:  # audio models have no image tower
         return ()
     layers, width = vision_cfg.get('layers', 12), vision_cfg.get('width', 768)
     if isinstance(layers, list):  # a ResNet

@@ -2,10 +2,10 @@
 
     python kaggle/hours.py
 
-Prints a markdown table. Counted are the towers' operations (torch's own counter, on tensors without memory): once forward
-for an embedding, four times for a training image (forward, again forward where activations are recomputed, as ViT-H/14
-needs it on a T4 and ViT-L/14 does not, and twice that backward). Not counted: reading images, the head, saving. SHARE is
-the part of the published rate that a run is taken to reach; it is an assumption, not a measurement.
+Prints a markdown table. It counts the towers' operations (torch's own counter, on tensors without memory): one forward pass
+for an embedding, four for a training image. These four are forward, twice that backward, and forward again for recomputed
+activations (ViT-H/14 needs that on a T4, ViT-L/14 does not). Reading images, the head and saving are not counted. SHARE is
+the part of the published rate that a run reaches, by assumption, not by measurement.
 """
 import sys
 from functools import lru_cache
@@ -45,7 +45,7 @@ def forward_flops(model_name, image_size):
 
 
 def parameters(model_name, image_size):
-    """How many numbers an image tower's weights are."""
+    """The number of an image tower's weights."""
     return sum(weight.numel() for weight in tower_of(model_name, image_size)[0].parameters())
 
 

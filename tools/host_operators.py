@@ -1,4 +1,4 @@
-"""Write guie/host_operators.json: each operator of PyTorch 1.11, the host's, and the arguments of its overloads.
+"""Writes guie/host_operators.json: each operator of PyTorch 1.11, the host's, and the arguments of its overloads.
 
     python3.10 -m venv .venv111
     .venv111/bin/pip install torch==1.11.0 'numpy<2'
@@ -18,7 +18,7 @@ OUTPUT = Path(__file__).parents[1] / 'guie' / 'host_operators.json'
 
 
 def operators(schemas):
-    """{'aten::relu': ['(Tensor self)'], …}: a file names no overload, so all of a name stand together."""
+    """{'aten::relu': ['(Tensor self)'], …}: files do not name overloads, so all of a name are together."""
     found = defaultdict(set)
     for schema in schemas:
         wanted = schema.name.startswith(('aten::', 'prim::')) and not schema.name.endswith('PythonOp')

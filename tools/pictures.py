@@ -19,7 +19,7 @@ COLOURS = {'untrained': 'tab:grey', 'ingredient': 'tab:blue', 'soup': 'tab:orang
 
 
 def kept_vectors(folder):
-    """{part: (n, d)} that a notebook kept."""
+    """{part: (n, d)} that a notebook saved."""
     return {part: np.load(folder / f'{part}.npz')['vectors'] for part in PARTS}
 
 
