@@ -252,11 +252,11 @@ def miniature():
     return f'local-dir:{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}'
 
 
-def settings(size_and_epochs):
-    """The values of Config that the demo changes: the miniature tower, the size and epochs of a notebook's MINIATURE, and
-    rates and a scale that suit its size and its few steps."""
+def settings(notebooks):
+    """The values of Config that the demo changes: the miniature tower, rates and a scale that suit its size and its few
+    steps, and what a notebook's MINIATURE says."""
     return {'model_name': miniature(), 'pretrained': 'miniature', 'layer_lrs': ((6, 3e-4),), 'head_lr': 3e-3,
-            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **size_and_epochs}
+            'scale': 16.0, 'n_classes': 360, 'batch_size': 32, 'warmup_steps': 20, 'pca_images': 2000, **notebooks}
 
 
 def zero_shot():

@@ -63,8 +63,8 @@ def run(tower, folder, out):
         settings = settings | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
         imagenet_weights(Path(settings['pretrained']))
     out = out / tower
-    shared = {'DEMO': False, 'OUT_DIR': str(out)}
-    shared |= {name.upper(): str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    data = {name: str(folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    shared = {'DEMO': False, 'OUT_DIR': str(out), 'DATA': data | {'name': ''}}
     for name, size in zip(NOTEBOOKS, sizes):
         for augmentation in INGREDIENTS:
             execute(name, out / f'{name}_{augmentation}.ipynb', {

@@ -45,7 +45,7 @@ SCORES = ['selection', 'full', 'd64']
 def configuration(tower, out, arguments):
     """The Config of place4 for one of the towers."""
     if tower == 'miniature':
-        fields = demo.settings({})
+        fields = demo.settings({'layer_lrs': ((6, 1e-4),)})  # as large as two epochs bear
     else:
         fields = own_images.TOWERS[tower][0] | {'pretrained': str(out / 'efficientnet_lite0.safetensors')}
         if not Path(fields['pretrained']).exists():

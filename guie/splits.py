@@ -198,7 +198,7 @@ def sample_objects(splits, n):
             for part in ('query', 'index')}
 
 
-def sample_classes(train, classes=200, each=5):
+def sample_classes(train, classes=150, each=4):
     """Some images of some trained classes, of all domains alike: what is to be found again among the others."""
     some = pd.Series(train['label'].unique()).sample(frac=1, random_state=5).head(classes)
     return train[train['label'].isin(some)].groupby('label').head(each)
