@@ -330,8 +330,9 @@ def run(folder=RUNS, seed=5):
     run_notebook('soup', folder / 'soup.ipynb', shared)
     results = collect(folder)
     print(results.to_string(index=False, float_format='%.3f', na_rep='-'))
-    made = [folder / 'results.csv', folder / 'soup.ipynb', folder / 'ensemble' / 'submission.zip']
-    print(f'{time.time() - started:.0f} s; made', *made, 'and the executed notebooks beside their runs', sep='\n  ')
+    made = [folder / 'results.csv', folder / 'ensemble' / 'submission.zip', *sorted(folder.glob('**/*.ipynb'))]
+    print(f'{time.time() - started:.0f} s; made', *made, sep='\n  ')
+    print(f'Open first: {os.path.relpath(sys.executable)} -m jupyter lab {folder / "soup.ipynb"}')
     return results
 
 

@@ -13,6 +13,7 @@ from guie.datasets import any_names, check_one_each
 from guie.errors import InputError
 from guie.files import literal, printable, user_path, whole_file
 from guie.sources import as_list, data_name, named, read_sources
+from guie.tables import table
 from guie.weights import read_weights
 
 
@@ -79,10 +80,10 @@ class Splits(dict):
                              for name, frame in self.items()]).set_index('split')
 
     def __repr__(self):
-        return self.table().to_string()
+        return repr(table(self.table()))
 
     def _repr_html_(self):
-        return self.table().to_html()
+        return table(self.table())._repr_html_()
 
     def save(self, path):
         """Writes all splits as one CSV split, path, label, domain; paths that are not UTF-8 keep their bytes."""

@@ -324,3 +324,18 @@ def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
         submission.load_submission(files.user_path('~/scores.csv'))
     plots.plot_logs(['~/runs/h_x'])
     assert (home / 'scores.csv').exists() and [path.name for path in Path().iterdir() if '~' in path.name] == []
+
+
+@pytest.mark.parametrize('in_a_notebook', [True, False])
+def test_a_line_that_others_rewrite_is_one_output_and_their_other_lines_are_printed(in_a_notebook, capsys):
+    pieces = ['begin\n', '\rwork: 1', '/2', '\rwork: 2/2', '\nbetween\n\rshort', '\r     \r', 'end\n']
+    source = ('from guie.files import OutputOfOthers\nothers = OutputOfOthers()\n'
+              f'for piece in {pieces}:\n    others.write(piece)')
+    if not in_a_notebook:
+        exec(source, {})
+        assert capsys.readouterr().out == ''.join(pieces)
+        return
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    outputs = NotebookClient(notebook, kernel_name='python3').execute().cells[0].outputs
+    told = [output['text'] if output['output_type'] == 'stream' else [output['data']['text/plain']] for output in outputs]
+    assert told == ['begin\n', ['work: 2/2'], 'between\n', ['end']]

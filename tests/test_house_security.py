@@ -44,7 +44,7 @@ def dangers(text):
         if name in RUNS_CODE or name.startswith(WITH_PREFIX):
             yield name
         plain = name.startswith('subprocess.') and '(' not in name  # else it is a method of what the call returned
-        if plain and (name not in ('subprocess.run', 'subprocess.Popen') or 'shell' in keywords):
+        if plain and (name not in ('subprocess.run', 'subprocess.Popen', 'subprocess.call') or 'shell' in keywords):
             yield f'{name} with a shell'  # a list of words, never a shell's line
         unsafe = {'torch.load': keywords.get('weights_only') != 'True', 'np.load': 'allow_pickle' in keywords}
         if unsafe.get(name) or name.endswith('.load_state') and 'weights_only' in keywords:

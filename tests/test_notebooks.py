@@ -43,6 +43,45 @@ def test_a_notebook_is_prose_and_short_cells(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_a_notebook_begins_with_few_parameters_a_short_setup_and_what_it_will_do(name):
+    parameters, setup, imports, *others = (cell.source for cell in cells(name, 'code'))
+    assert len(re.findall(r'(?m)^[A-Z_]+ *=', parameters)) <= 9
+    assert len([line for line in setup.splitlines() if line]) <= 8
+    decides, = (number for number, source in enumerate(others) if 'utilities.begin_' in source)
+    assert decides <= 1  # at most the configuration comes before
+    told = text_of(cells(name, 'code')[3 + decides])
+    assert all(f'\n{word}:' in told for word in ('data', 'tower', 'device', 'time', 'result'))
+
+
+def text_of(cell):
+    """What a cell printed."""
+    return '\n' + ''.join(output.text for output in cell.outputs if output.output_type == 'stream')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_saved_outputs_can_be_read_as_text_and_hold_a_line_for_each_bar(name):
+    for cell in cells(name, 'code'):
+        for output in cell.outputs:
+            plain = output.get('data', {}).get('text/plain', output.get('text', ''))
+            assert ' object at 0x' not in plain and 'Styler' not in plain and '\r' not in plain
+            assert '%|' not in plain or '\n' not in plain.strip(), plain
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_picture_comes_before_the_first_long_cell(name):
+    code = cells(name, 'code')
+    pictures = [number for number, cell in enumerate(code)
+                if any('image/png' in output.get('data', {}) for output in cell.outputs)]
+    long = [number for number, cell in enumerate(code)
+            if re.search(r'utilities\.(train|embed_all|plot_basin)\(', cell.source)]
+    assert pictures[0] < long[0]
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(Path('README.md').read_text().split()) <= 900
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_a_notebook_has_outputs_without_errors_or_warnings(name):
     for cell in cells(name, 'code'):
         for output in cell.outputs:
