@@ -266,7 +266,7 @@ def zero_shot():
             'vocabulary': {'objects of the emoji world': list(names)}, 'templates': ('{}',)}
 
 
-def sources(data=None):
+def sources(data=None, miniature=True):
     """load_data's arguments for the emoji world, with the parts that a notebook's DATA gives instead. If DATA gives training
     images, DATA alone counts."""
     from guie.sources import PLACE4, data_sources  # not at the top: torch takes its time
@@ -275,7 +275,10 @@ def sources(data=None):
         print(f'DEMO: a miniature CLIP of 3 million parameters on {given["train"]}. Its scores are low; the real towers '
               f'want a GPU (on Kaggle: GPU T4 x2).')
         return given
-    print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')
+    if miniature:
+        print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')
+    else:
+        print('No labelled images are given as DATA: scores are of the emoji world.')
     world = make_world(RUNS / 'world')
     files = {name: str(world / f'{name}.csv') for name in ('train', 'query', 'index')}
     return files | {'selection': [str(world / 'selection_query.csv'), str(world / 'selection_index.csv')]} | {
@@ -315,17 +318,18 @@ def run_name(notebook, augmentation):
     return f'{notebook.removeprefix("train_")}_{augmentation}'
 
 
-def run(folder=RUNS, seed=5):
-    """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table. `seed` decides the
-    initial head, which all share, and the order of images and the augmentation, which are each ingredient's own. Returns the
-    table."""
+def run(folder=RUNS, seed=5, one_order=False):
+    """The main job: every ingredient, the zero-shot PCA, the soups and the ensemble, then one table -> the table.
+    seed: decides the initial head, which all ingredients share, and the order of images and the augmentation of each.
+    one_order: all ingredients see the images in one order."""
     started = time.time()
     make_world(RUNS / 'world')
     shared = {'DEMO': True, 'OUT_DIR': str(folder)}
     jobs = [('zero_shot_pca', folder / 'zero_shot' / 'zero_shot_pca.ipynb', shared)]
     for number, (name, augmentation) in enumerate(INGREDIENTS):
         jobs.append((name, folder / run_name(name, augmentation) / f'{name}.ipynb', {
-            **shared, 'AUGMENTATION': augmentation, 'SEED': 10 * seed + number, 'OVERRIDES': {'head_seed': seed}}))
+            **shared, 'AUGMENTATION': augmentation, 'SEED': 10 * seed + number * (not one_order),
+            'OVERRIDES': {'head_seed': seed}}))
     run_notebooks(jobs)
     run_notebook('soup', folder / 'soup.ipynb', shared)
     results = collect(folder)

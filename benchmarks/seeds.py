@@ -1,7 +1,8 @@
 """The demo under several seeds: what differs by more than chance.
 
-    python benchmarks/seeds.py                     # three seeds, about 8 minutes each on 2 cores
+    python benchmarks/seeds.py                     # three seeds, 6 minutes each on 2 cores
     python benchmarks/seeds.py --seeds 1 2 3 4 5 --out runs/seeds
+    python benchmarks/seeds.py --one-order --out runs/one_order    # all ingredients see the images in one order
 
 A seed decides the initial head, the data order and the augmentation; the images and the pretrained miniature stay.
 Prints a markdown table of mP@5 on never-seen objects at 64 dimensions, mean ± standard deviation over the seeds, then each
@@ -18,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo  # noqa: E402  (the repository's root is not a package)
 
 
-def results_of(seed, out):
+def results_of(seed, out, one_order):
     """DataFrame stage, model, mp5, seed at 64 dimensions."""
     file = out / str(seed) / 'results.csv'
-    table = pd.read_csv(file) if file.exists() else demo.run(file.parent, seed)
+    table = pd.read_csv(file) if file.exists() else demo.run(file.parent, seed, one_order)
     return table[table['dim'] == 64].assign(seed=seed)[['stage', 'model', 'mp5', 'seed']]
 
 
@@ -48,8 +49,9 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='+', default=[5, 6, 7])
     parser.add_argument('--out', type=Path, default=Path('runs/seeds'))
+    parser.add_argument('--one-order', action='store_true')
     arguments = parser.parse_args()
-    table = with_means(pd.concat([results_of(seed, arguments.out) for seed in arguments.seeds]))
+    table = with_means(pd.concat([results_of(seed, arguments.out, arguments.one_order) for seed in arguments.seeds]))
     rows = table.groupby(['stage', 'model'])['mp5'].agg(['mean', 'std']).reset_index()
     rows = rows.sort_values('stage', key=lambda stage: stage.map(demo.STAGES.index), kind='stable')
     print(f'\n{len(arguments.seeds)} seeds\n\n| stage | model | mP@5 at 64-d |\n| --- | --- | --- |')

@@ -12,7 +12,7 @@ from guie.files import did_you_mean, printable, user_path
 from guie.recipes import follow_recipe, stage_folders
 from guie.resume import refuse_other_config
 from guie.soups import data_of
-from guie.sources import data_sources
+from guie.sources import data_sources, named
 from guie.splits import load_data
 
 SHARE = .5  # towers reach this share of a large matrix product's rate, on two CPU cores as on an H200
@@ -22,8 +22,8 @@ KAGGLE_HOURS = 8.5  # a session lasts 9 (older notices say 12)
 def data_in_words(splits):
     """The training data and the data to report on, in one sentence."""
     train, query, index = (splits[name] for name in ('train', 'query', 'index'))
-    domains = ', '.join(sorted(train['domain'].unique())[:4])
-    return (f'{len(train):,} images of {train["label"].nunique():,} classes ({printable(domains)}); to report on, '
+    domains = printable(named(sorted(train['domain'].unique())))
+    return (f'{len(train):,} images of {train["label"].nunique():,} classes ({domains}); to report on, '
             f'{len(query):,} queries of {query["label"].nunique():,} objects among {len(index):,} images')
 
 
