@@ -162,15 +162,15 @@ class Config:
 
     def table(self):
         """The settings that differ from the defaults (the recipe): DataFrame setting, value, default, meaning."""
-        rows = [(one.name, getattr(self, one.name), one.default, one.metadata['meaning']) for one in fields(self)
+        rows = [(one.name, str(getattr(self, one.name)), str(one.default), one.metadata['meaning']) for one in fields(self)
                 if getattr(self, one.name) != one.default]
-        return pd.DataFrame(rows, columns=['setting', 'value', 'default', 'meaning']).astype(str)
+        return pd.DataFrame(rows, columns=['setting', 'value', 'default', 'meaning'])
 
     def __repr__(self):
         return f'Config({", ".join(f"{row.setting}={getattr(self, row.setting)!r}" for row in self.table().itertuples())})'
 
     def _repr_html_(self):
-        return table(self.table())._repr_html_()
+        return table(self.table(), longest=None)._repr_html_()
 
 
 def read_overrides(value):
