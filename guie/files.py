@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -156,6 +157,28 @@ class NotebookBar(tqdm):
         self.line.write(str(self) if msg is None else msg)
 
 
+class PassingBar(NotebookBar):
+    """One that need not stay: when it is done, the next one of the same cell takes its line, since an output cannot be taken
+    back. It shows only work of two seconds or more."""
+    seconds, free = 2, defaultdict(list)  # free: {number of a cell's execution: lines of its bars that are done}
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, delay=self.seconds, **options)
+
+    def display(self, msg=None, pos=None):
+        """Shows the bar, or another text; tqdm calls it."""
+        if self.line is None and (lines := self.free[cell_number()]):
+            self.line = lines.pop()
+        super().display(msg, pos)
+
+    def close(self):
+        """Ends the bar; tqdm calls it, sometimes twice."""
+        super().close()
+        if self.line is not None:
+            self.free[cell_number()].append(self.line)
+            self.line = None
+
+
 class OutputOfOthers:
     """Prints what another process prints; in a notebook a line that it rewrites, such as a bar, is one LiveLine."""
 
@@ -187,10 +210,14 @@ def in_notebook():
     return 'IPython' in sys.modules and hasattr(sys.modules['IPython'].get_ipython(), 'kernel')
 
 
+def cell_number():
+    """The number that a notebook shows beside the cell that runs."""
+    return sys.modules['IPython'].get_ipython().execution_count
+
+
 def progress_bar(iterable=None, desc=None, **options):
-    """tqdm; in a notebook one plain line, which stays. leave=False: an output cannot be taken back, so there a line shows
-    only for work of two seconds or more."""
+    """tqdm; in a notebook one plain line, which stays, or with leave=False a PassingBar."""
     if in_notebook():
-        delay = 0 if options.pop('leave', True) else 2
-        return NotebookBar(iterable, desc, file=io.StringIO(), mininterval=.5, delay=delay, **options)
+        kind = NotebookBar if options.pop('leave', True) else PassingBar
+        return kind(iterable, desc, file=io.StringIO(), mininterval=.5, **options)
     return tqdm(iterable, desc, file=sys.stdout, mininterval=.5, **options)

@@ -13,8 +13,8 @@ def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
     if len(counts) == 0 or counts.min() < 1:
         raise InputError('Every class needs at least one image to have a margin; drop the empty classes first.')
     rarity = counts ** -power
-    spread = rarity.max() - rarity.min()
-    share = (rarity - rarity.min()) / spread if spread > 0 else torch.full_like(rarity, .5)
+    equal = counts.min() == counts.max()  # their powers may still differ in the last bit
+    share = torch.full_like(rarity, .5) if equal else (rarity - rarity.min()) / (rarity.max() - rarity.min())
     return (low + width * share).float()
 
 

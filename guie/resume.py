@@ -193,8 +193,9 @@ def refuse_other_config(run_dir, config):
                              f'another name as RUN, or delete that folder.')
 
 
-def restore_state(run):
-    """Loads the newest state that can be read; True if there was one. A run of another configuration or data is an error."""
+def restore_state(run, steps):
+    """Loads the newest state that can be read; True if there was one. A run of another configuration or data is an error.
+    steps: of the whole run."""
     states = saved_states(run.folder / 'state')
     if states:
         refuse_other_config(run.folder, run.config)
@@ -215,7 +216,7 @@ def restore_state(run):
         if not any_process(run.accelerator, problem is not None)[0]:
             vars(run.progress).update(position['progress'])
             run.saved = run.progress.step, time.time()
-            print_resumed(run, state)
+            print_resumed(run, state, steps)
             return True
         run.accelerator.print(f'{state} cannot be read ({str(problem).splitlines()[0]}); trying the one before.')
     if states:  # the model may hold parts of them already
@@ -224,11 +225,13 @@ def restore_state(run):
     return False
 
 
-def print_resumed(run, state):
+def print_resumed(run, state, steps):
     """Prints where a run resumes, and what another number of processes changes."""
     progress, now = run.progress, run.accelerator.num_processes
-    run.accelerator.print(f'{run.folder.name}: resumes from {state.name}, epoch {progress.epoch + 1}, {progress.used} of '
-                          f'its images used')
+    place = f'epoch {progress.epoch + 1}, {progress.used:,} of its images used'
+    if progress.step >= steps:
+        place = 'the last: nothing is left to train'
+    run.accelerator.print(f'{run.folder.name}: resumes from {state.name}, {place}')
     if progress.processes != now:
         run.accelerator.print(f'The state was saved by {progress.processes} processes and {now} resume it: order and '
                               f'augmentation of the images stay the same; dropout and the order in which gradients are '

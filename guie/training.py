@@ -61,7 +61,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
         if run.main:
             copy_attached_state(run.folder, config, progress.data, search)
         accelerator.wait_for_everyone()
-        restored = restore_state(run)
+        restored = restore_state(run, steps)
         if run.main:
             log = RunLog(run, restored)
             config.save(run.folder / 'config.json')

@@ -3,7 +3,7 @@ import dataclasses
 import json
 import math
 import re
-from html import unescape
+from html import escape, unescape
 
 import numpy as np
 import open_clip
@@ -254,6 +254,13 @@ def test_a_notebook_shows_what_differs_from_the_recipe_and_what_it_means():
     assert repr(config) == "Config(pretrained='tag@<b>file', augmentation='cutout', batch_size=4)"
     assert eval(repr(config)) == config
     assert repr(Config()) == 'Config()'
+
+
+def test_a_notebook_shows_meanings_and_values_in_full():
+    config = Config(model_name=f'timm:{"long" * 20}', batch_size=4, validate_every=9, checkpoint_activations=True)
+    html = config._repr_html_()
+    assert '…' not in html and config.model_name in html
+    assert [meaning for meaning in config.table()['meaning'] if escape(meaning) not in html] == []
 
 
 def test_every_field_says_what_it_means():

@@ -234,6 +234,24 @@ def test_a_saved_notebook_keeps_one_line_of_a_bar_and_nothing_of_a_short_one_tha
         assert output['data']['text/plain'].startswith('work: 100%') and '\n' not in output['data']['text/plain']
 
 
+def test_a_bar_that_is_not_to_stay_takes_the_line_of_one_that_is_done_in_the_same_cell():
+    first = """
+from guie import files
+files.PassingBar.seconds = 0
+with files.progress_bar(total=2, desc='training') as outer:
+    for name in ('a', 'b'):
+        for step in files.progress_bar(range(3), name, leave=False):
+            [*files.progress_bar(range(4), f'within {name}', leave=False)]
+        outer.update()
+"""
+    second = "[*files.progress_bar(range(5), 'c', leave=False)]\nprint('done')"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (first, second)])
+    cells = NotebookClient(notebook, kernel_name='python3').execute().cells
+    bars = [[output['data']['text/plain'] for output in cell.outputs if 'data' in output] for cell in cells]
+    assert [[(bar.partition(':')[0], bar.partition('[')[0][-5:]) for bar in of_cell] for of_cell in bars] == [
+        [('training', ' 2/2 '), ('b', ' 3/3 '), ('within b', ' 4/4 ')], [('c', ' 5/5 ')]]
+
+
 def test_a_terminal_gets_tqdm(capsys):
     assert list(progress_bar(range(3), 'work')) == [0, 1, 2] and '3/3' in capsys.readouterr().out
 

@@ -86,8 +86,10 @@ def test_margins_run_from_the_most_frequent_class_to_the_rarest():
     assert adaptive_margins(counts, low=.1, width=.2).numpy() == pytest.approx(.1 + .2 * share, abs=1e-6)
 
 
-def test_equal_counts_give_the_middle_margin_and_no_nan():
-    assert adaptive_margins([7, 7, 7]).tolist() == pytest.approx([.275] * 3)
+@pytest.mark.parametrize('classes', [1, 3, 100, 363])  # of many the last few are computed by another instruction
+@pytest.mark.parametrize('count', [1, 3, 4, 7, 50])
+def test_equal_counts_give_the_middle_margin_and_no_nan(classes, count):
+    assert adaptive_margins([count] * classes).tolist() == pytest.approx([.275] * classes)
 
 
 @pytest.mark.parametrize('counts', [[3, 0], []])

@@ -136,7 +136,7 @@ def test_a_step_takes_as_many_images_as_there_are_and_says_so(train, tmp_path, c
     assert len(pd.read_csv(tmp_path / 'run/log.csv')) == 3  # one an epoch
     assert not different_fields(Config.load(tmp_path / 'run/config.json'), config)  # as it was chosen
     fit(config, small_model(few['label'].nunique()), few, tmp_path / 'run')
-    assert 'run: resumes from step-00000003' in capsys.readouterr().out
+    assert 'run: resumes from step-00000003, the last: nothing is left to train' in capsys.readouterr().out
 
 
 def test_fewer_images_than_processes_are_one_sentence():
