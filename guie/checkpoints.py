@@ -163,7 +163,8 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=ATT
                            f'train_{towers[0]}.ipynb first, once for every ingredient, or give checkpoints as '
                            f'INGREDIENTS.')
     for tower in {**dict.fromkeys(towers), **found}:
-        print(f'{tower}: {len(found.get(tower, []))} ingredients')
+        count = len(found.get(tower, []))
+        print(f'{tower}: {count} ingredient{"s" * (count != 1)}')
     return found
 
 

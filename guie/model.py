@@ -168,9 +168,12 @@ def param_groups(model, config):
 
 
 def group_table(model, config):
-    """DataFrame of param_groups, a row a group: tensors, learning rate, parameters (millions), weight decay, first and last
-    name."""
-    return pd.DataFrame([{'group': group['name'], 'tensors': len(group['params']), 'lr': group['lr'],
-                          'parameters (M)': sum(parameter.numel() for parameter in group['params']) / 1e6,
-                          'weight decay': group['weight_decay'], 'from': group['names'][0], 'to': group['names'][-1]}
-                         for group in param_groups(model, config)]).set_index('group')
+    """DataFrame of param_groups, a row a group: tensors, learning rate, parameters (millions), weight decay, and the names
+    of the first and the last tensor, without 'tower.' and 'transformer.'."""
+    rows = []
+    for group in param_groups(model, config):
+        first, last = (group['names'][place].removeprefix('tower.').removeprefix('transformer.') for place in (0, -1))
+        rows.append({'group': group['name'], 'tensors': len(group['params']), 'lr': group['lr'],
+                     'parameters (M)': sum(parameter.numel() for parameter in group['params']) / 1e6,
+                     'weight decay': group['weight_decay'], 'from': first, 'to': last})
+    return pd.DataFrame(rows).set_index('group')

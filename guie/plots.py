@@ -79,7 +79,7 @@ def plot_logs(runs):
         return print('no run has a log to draw')
     scores = [log.dropna(subset='selection') if 'selection' in log else log[:0] for _, log in logs]
     panels = 2 + any(map(len, scores))
-    figure, axes = plt.subplots(1, panels, figsize=(4.5 + 2.25 * panels, 2.8), layout='constrained')
+    figure, axes = plt.subplots(1, panels, figsize=(3.2 * panels, 2.8), layout='constrained')
     lines = []
     for (_, log), scored in zip(logs, scores):
         style = '.-' if len(log) < 10 else '-'

@@ -27,7 +27,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     for domain, part in frame.groupby('domain', sort=True):
         rng, counts = np.random.default_rng(seed), part['label'].value_counts().sort_index()
         if n_classes is not None and n_classes > len(counts):
-            print(printable(f'{domain}: {n_classes:,} classes asked for, all {len(counts):,} taken'))
+            print(printable(f'{domain}: all {len(counts):,} classes are taken (n_classes is {n_classes:,})'))
         counts = counts.iloc[rng.permutation(len(counts))[:n_classes]]
         if few := (counts < min_images).sum():
             print(f'{domain}: {few:,} classes have fewer than {min_images} images (min_images) and are left out')

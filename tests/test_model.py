@@ -241,6 +241,7 @@ def test_the_table_of_groups_counts_every_parameter_once():
     assert table['tensors'].sum() == len(list(model.parameters()))
     assert table.loc['head', ['lr', 'weight decay', 'from', 'to']].tolist() == [
         CONFIG.head_lr, CONFIG.head_weight_decay, 'head.centers', 'head.embedding.weight']
+    assert 'resblocks.5.mlp.c_proj.weight' in table['to'].tolist()  # short enough for a narrow page
 
 
 @pytest.mark.parametrize('trains, moving', [

@@ -57,7 +57,7 @@ def test_more_classes_than_there_are_takes_all_and_says_so(capsys):
     selection = select_classes(table({'a': 4, 'b': 5}), n_classes=9691)
     assert selection['label'].nunique() == 2
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == 'things: 9,691 classes asked for, all 2 taken'
+    assert said[0] == 'things: all 2 classes are taken (n_classes is 9,691)'
     assert said[1] == f'9 images of 2 classes (2 things), hash {selection_hash(selection)}' and len(said) == 2
 
 
