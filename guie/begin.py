@@ -8,7 +8,7 @@ from guie.datasets import list_images
 from guie.distributed import processes_here
 from guie.errors import InputError
 from guie.estimate import device_in_words, forward_cost, in_words, matmul_rate, training_cost
-from guie.files import did_you_mean, printable, user_path
+from guie.files import check_writable, did_you_mean, printable, user_path
 from guie.recipes import follow_recipe, stage_folders
 from guie.resume import refuse_other_config
 from guie.soups import data_of
@@ -54,11 +54,12 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
     """(configuration after the recipe, splits, run folder) of a training notebook.
     data: as data_sources takes it. The folder's name is `run`, or else the tower's, the augmentation, the recipe and the
     name of your own data. ValueError, before weights are loaded, if it holds a run of another configuration or other
-    images."""
+    images; OSError, before data are read, if out_dir cannot be written."""
     config, sources = kaggle_limits(follow_recipe(config, recipe)), data_sources(data)
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
+    check_writable(user_path(out_dir))
     splits = load_data(**sources, config=config, download=True, run_dir=run_dir)
     say_plan(splits, {tower: config}, run_dir, training=True, passes=2)
     return config, splits, run_dir
@@ -71,6 +72,7 @@ def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='
     sources, runs = data_sources(data), user_path(out_dir or home)
     ingredients, splits = data_of(find_ingredients(runs, towers, files, architectures), sources)
     folder = runs if out_dir else runs / splits.name
+    check_writable(folder)
     say_plan(splits, {tower: found[0].config for tower, found in ingredients.items()}, folder,
              passes=3 + max(map(len, ingredients.values())))
     return ingredients, splits, folder
@@ -88,8 +90,9 @@ def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home=
     values |= more
     config = Config().override(**{name: values[name] for name in ('model_name', 'pretrained', 'image_size')})
     mine, sources = list_images(photos) if photos else None, data_sources(data)
-    splits = load_data(**sources, config=config)
     folder = user_path(out_dir or home) / 'zero_shot'
+    check_writable(folder)
+    splits = load_data(**sources, config=config)
     folder = folder if out_dir else folder / splits.name
     say_plan(splits, {'zero-shot': config}, folder)
     return values, splits, splits['query'].head(1000) if mine is None else mine, folder

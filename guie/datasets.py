@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from guie.errors import InputError, MissingError
-from guie.files import ATTACHED, attached_folders, printable, user_path
+from guie.files import ATTACHED, attached_folders, did_you_mean, printable, user_path
 from guie.images import image_suffixes
 from guie.inputs import download as fetch
 from guie.inputs import way_to
@@ -110,8 +110,8 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
         root = os.path.abspath(root or os.path.dirname(path))
         frame = read_listing(root, Listing(os.path.basename(root), path, ('path',), 'label'))
     else:
-        raise MissingError(f'{name_or_path} is no folder, no CSV file and none of the known data sets '
-                           f'{", ".join(DATASETS)}.')
+        raise MissingError(f'{name_or_path} is no folder, no CSV file and none of the known data sets: check the path, or '
+                           f'choose {", ".join(DATASETS)}.{did_you_mean(name, DATASETS)}')
     if frame['path'].duplicated().any():
         if name in DATASETS:  # Shopee has images in two label groups, and users cannot correct a known set
             pairs = frame[['path', 'label']].drop_duplicates()
@@ -271,6 +271,8 @@ def check_one_each(frame, column, other, source):
 def list_images(folder):
     """Every image below a folder, however it is arranged: DataFrame path, label (its folder's name), domain."""
     root = os.path.abspath(user_path(folder))
+    if not os.path.isdir(root):
+        raise MissingError(f'There is no folder {folder}: check the path.')
     below, passed = walk_images(root)
     if not below:
         raise MissingError(f'{folder} holds no images ({", ".join(sorted(image_suffixes()))}), '

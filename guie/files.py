@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,15 @@ def scratch_folder(out_dir, working='/kaggle/working', scratch='/tmp'):
     out_dir = user_path(out_dir)
     on_kaggle = Path(working).is_dir() and Path(scratch).is_dir()
     return Path(scratch, out_dir.absolute().name) if on_kaggle else out_dir
+
+
+def check_writable(folder):
+    """Makes a folder for results, if it is missing. OSError, in one sentence, if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FileError(f'{folder} cannot be written ({reason_of(error)}): choose another OUT_DIR.') from error
 
 
 def copy_to_kaggle_output(path, folder='/kaggle/working'):

@@ -57,6 +57,17 @@ def test_a_run_with_other_settings_is_refused_before_data_are_read(pets, tmp_pat
     begin_run(other, 'vit_h_224', str(pets), tmp_path, run='run', recipe=recipe)  # it had not begun
 
 
+@pytest.mark.parametrize('start', [
+    lambda out: begin_run(CONFIG, 'vit_h_224', '/no/such/data', out),
+    lambda out: begin_zero_shot(demo.zero_shot(), '/no/such/data', out)], ids=['training', 'zero-shot'])
+def test_a_place_that_cannot_be_written_is_refused_before_data_are_read(tmp_path, start):
+    (tmp_path / 'file').touch()
+    told = rf'^{tmp_path}/file/out\S* cannot be written [(]Not a directory[)]: choose another OUT_DIR.$'
+    with pytest.raises(OSError, match=told) as error:
+        start(tmp_path / 'file' / 'out')
+    assert is_one_sentence(error)
+
+
 def test_the_data_are_told_in_numbers():
     splits = Splits(train=table({'a': 1200, 'b': 3}), query=table({'c': 2, 'd': 1}), index=table({'c': 4, 'x': 9}))
     assert data_in_words(splits) == ('1,203 images of 2 classes (things); to report on, 3 queries of 2 objects among 13 '

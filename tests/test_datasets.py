@@ -365,6 +365,8 @@ def test_a_folder_without_class_folders_says_what_it_holds(tmp_path, files, foun
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(FileNotFoundError, match='imagenet is no folder, no CSV file and none of .*products-10k'):
         read_dataset('imagenet')
+    with pytest.raises(FileNotFoundError, match='^products10k is no folder.* Did you mean products-10k[?]$'):
+        read_dataset('products10k')
 
 
 # CSVs: bytes of the file, then either the rows that come out or the error
@@ -540,5 +542,5 @@ def test_every_image_below_a_folder_is_listed_however_it_is_arranged(tmp_path):
     assert [os.path.relpath(path, tmp_path) for path in frame['path']] == ['b.JPG', 'deep/c.webp', 'deep/er/a.png']
     assert frame['label'].tolist() == [tmp_path.name, 'deep', 'er']
     for folder in (tmp_path / 'none', tmp_path / 'deep/er/a.png'):
-        with pytest.raises(FileNotFoundError, match=f'{folder} holds no images .*no such folder.\\.$'):
+        with pytest.raises(FileNotFoundError, match=f'^There is no folder {folder}: check the path.$'):
             list_images(folder)
