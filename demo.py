@@ -403,8 +403,9 @@ def publish():
         if source_hash(path) != source_hash(copy):
             raise SystemExit(f'{path} was changed after it was executed: run `make notebooks`.')
         notebook = json.loads(path.read_text())
-        for cell, made in zip(code_cells(notebook), code_cells(json.loads(copy.read_text()))):
-            cell['outputs'], cell['execution_count'] = tidy(made['outputs']), made['execution_count']
+        pairs = zip(code_cells(notebook), code_cells(json.loads(copy.read_text())))
+        for number, (cell, made) in enumerate(pairs, start=1):  # papermill counts a cell of its own
+            cell['outputs'], cell['execution_count'] = tidy(made['outputs']), number
         notebook['metadata']['outputs_of'] = {file: source_hash(file) for file in (path.name, *ROOMS)}
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
         print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')
