@@ -60,10 +60,10 @@ def test_media_stays_below_its_limit():
 
 def test_the_training_notebook_runs_on_real_images(photos_folder, tmp_path):
     import papermill
-    files = {name.upper(): str(photos_folder / f'{name}.csv') for name in ('train', 'query', 'index')}
+    data = {name: str(photos_folder / f'{name}.csv') for name in ('train', 'query', 'index')}
     changes = demo.settings({'image_size': 64}) | {'max_images': 5, 'layer_lrs': [[6, 1e-4]]}
     papermill.execute_notebook('train_vit_h_224.ipynb', tmp_path / 'n.ipynb', {
-        **files, 'DEMO': False, 'OUT_DIR': str(tmp_path), 'RUN': 'mine', 'OVERRIDES': changes}, kernel_name='python3',
+        'DATA': data, 'DEMO': False, 'OUT_DIR': str(tmp_path), 'RUN': 'mine', 'OVERRIDES': changes}, kernel_name='python3',
         progress_bar=False)
     scores = pd.read_csv(tmp_path / 'mine/scores.csv')
     assert set(scores['stage']) == {'untrained', 'ingredient'} and scores['mp5'].between(.05, 1).all()
