@@ -222,7 +222,7 @@ def test_the_original_authors_bare_files_become_a_submission_without_training(ru
     for number, name in enumerate(('vit_h_224_none_small', 'vit_h_224_cutout_small')):
         as_authors_file(folder / name, tmp_path / 'attached' / f'{number}_0.688')
     as_authors_file(folder / 'vit_l_336_none_small', tmp_path / 'attached_l' / '0_0.670')
-    tower = {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature'}
+    tower = {'model_name': 'local-dir:media/miniature', 'pretrained': 'miniature', 'max_images': 6}  # as the runs
     executed = run('soup', tmp_path, **dict(made['soup'].metadata.papermill.parameters) | {
         'OUT_DIR': str(tmp_path / 'out'),
         'INGREDIENTS': {'vit_h_224': str(tmp_path / 'attached'), 'vit_l_336': [str(tmp_path / 'attached_l' / '0_0.670')]},
@@ -231,7 +231,7 @@ def test_the_original_authors_bare_files_become_a_submission_without_training(ru
     ours, theirs = (utilities.open_checkpoint(place / 'soup_vit_h_224') for place in (folder, tmp_path / 'out'))
     assert state_hash(ours) == state_hash(theirs)
     scores = [pd.read_csv(place / 'soup_scores.csv').set_index('model')['mp5'] for place in (folder, tmp_path / 'out')]
-    assert scores[0]['ensemble'] == pytest.approx(scores[1]['ensemble'], abs=.02)
+    assert scores[0]['ensemble'] == pytest.approx(scores[1]['ensemble'], abs=.005)
     with zipfile.ZipFile(tmp_path / 'out/ensemble/submission.zip') as archive:
         assert archive.namelist() == ['saved_model.pt']
 
@@ -256,7 +256,7 @@ def test_the_zero_shot_notebook_runs_on_data_of_ones_own(runs, tmp_path):
                OVERRIDES={'image_size': 64}, VOCABULARY=str(tmp_path / 'names.json'), OUT_DIR=str(tmp_path), DATA=data)
     said = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+), on 30 queries', text(made))
     assert said and float(said[1]) == pytest.approx(float(said[2]), abs=.1)
-    assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 4
+    assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 6
 
 
 def test_soup_without_ingredients_says_what_to_run_first(tmp_path):

@@ -386,7 +386,7 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
     splits = {'train': train, 'query': train[half], 'index': train[~half]}
     splits |= {'selection_query': train[~half], 'selection_index': train[half]}
     embedder = StateEmbedder(tmp_path / 'soup', splits)
-    splits['seen'] = train.groupby('label').head(5)
+    splits['seen'] = train.groupby('label').head(4)
     assert embedder.splits['seen'].equals(splits['seen'])
     curve = sweep_alpha(base, tmp_path / 'soup', [0, 1], embedder)
     for row, tower in zip(curve.itertuples(index=False), (pretrained, model.tower.state_dict()), strict=True):
