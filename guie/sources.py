@@ -26,14 +26,13 @@ def data_sources(data=None):
     or a list of these to train on; or a dict of train, query, index, selection, root and name (of the data, in names of
     runs). None: the data of the 4th place, without a name."""
     data = literal(data, dict, list, tuple)
-    if data is None or isinstance(data, str) and not data.strip() or isinstance(data, dict) and not data.get('train'):
-        given, name = {'train': PLACE4, **(data or {})}, ''
-    else:
-        given = data if isinstance(data, dict) else {'train': data}
-        name = data_name(given['train'])
+    given = data if isinstance(data, dict) else {'train': data}
     if unknown := [part for part in given if part not in OF_DATA]:
         raise InputError(f'DATA has no part {unknown[0]!r}; give {", ".join(OF_DATA)}.{did_you_mean(unknown[0], OF_DATA)}')
-    return {'name': name, **given, 'train': given.get('train') or PLACE4}
+    train = given.get('train')
+    if not train or isinstance(train, str) and not train.strip():
+        return {'name': '', **given, 'train': PLACE4}
+    return {'name': data_name(train), **given}
 
 
 def set_name(source):

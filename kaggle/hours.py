@@ -11,12 +11,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-import open_clip
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from guie.towers import TowerSpec, build_tower  # noqa: E402  (the repository's root is not a package)
+from guie.config import Config  # noqa: E402  (the repository's root is not a package)
+from guie.estimate import forward_cost  # noqa: E402
 
 RATES = {'T4': 65e12}  # floating point operations a second in fp16, NVIDIA's data sheet
 SHARE = .3
@@ -26,36 +23,18 @@ GPUS = {'hours on one T4': RATES['T4'], 'on two': 2 * RATES['T4']}
 
 
 @lru_cache
-def tower_of(model_name, image_size):
-    """(the image tower, its floating point operations for one image), on tensors without memory; a multiplication and an
-    addition count as two operations."""
-    config = open_clip.get_model_config(model_name)
-    spec = TowerSpec(model_name, 'random', image_size, (.5,) * 3, (.5,) * 3, 'gelu', config['embed_dim'], {
-        'library': 'open_clip', 'embed_dim': config['embed_dim'], 'quick_gelu': False,
-        'vision_cfg': config['vision_cfg'] | {'image_size': image_size}})
-    with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        tower = build_tower(spec).train()
-        tower(torch.zeros(1, 3, image_size, image_size))
-    return tower, counter.get_total_flops()
-
-
-def forward_flops(model_name, image_size):
-    """Floating point operations of the image tower for one image."""
-    return tower_of(model_name, image_size)[1]
-
-
-def parameters(model_name, image_size):
-    """The number of an image tower's weights."""
-    return sum(weight.numel() for weight in tower_of(model_name, image_size)[0].parameters())
+def cost(model_name, image_size):
+    """(floating point operations for one image, parameters) of an image tower."""
+    return forward_cost(Config(model_name=model_name, pretrained='random', image_size=image_size))
 
 
 def training_hours(model_name, image_size, rate):
     """Hours of one epoch, one ingredient."""
-    return IMAGES * 4 * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
+    return IMAGES * 4 * cost(model_name, image_size)[0] / (SHARE * rate) / 3600
 
 
 def embedding_hours(model_name, image_size, rate, images=100_000):
-    return images * forward_flops(model_name, image_size) / (SHARE * rate) / 3600
+    return images * cost(model_name, image_size)[0] / (SHARE * rate) / 3600
 
 
 def main():

@@ -156,7 +156,7 @@ def test_every_notebook_has_its_folder_and_what_trains_has_internet_for_the_weig
 
 def test_the_estimate_counts_the_published_floating_point_operations():
     for name, size, published in (('ViT-H-14', 224, 167.4), ('ViT-L-14', 336, 191.1)):  # 1e9 multiply-adds, timm's table
-        assert hours.forward_flops(name, size) / 1e9 == pytest.approx(2 * published, rel=.02)
+        assert hours.cost(name, size)[0] / 1e9 == pytest.approx(2 * published, rel=.02)
     one, two = (hours.training_hours('ViT-H-14', 224, hours.RATES['T4'] * count) for count in (1, 2))
     assert one == pytest.approx(2 * two) and 1 < one < 24
 
@@ -203,7 +203,7 @@ def test_the_page_says_what_the_metadata_attach():
 def test_the_disk_that_a_soup_takes_is_counted_from_the_towers_parameters():
     gigabytes = {}
     for name, (model, size) in {'H': ('ViT-H-14', 224), 'L': ('ViT-L-14', 336)}.items():
-        gigabytes[name] = 4e-9 * hours.parameters(model, size)
+        gigabytes[name] = 4e-9 * hours.cost(model, size)[1]
     head = 4e-9 * (1024 * 512 + 2 * 9_691 * 3 * 512)  # at most: a map and three centres of each class of two data sets
     soups = sum(gigabytes.values()) + 2 * head
     submission = sum(gigabytes.values())

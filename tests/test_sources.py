@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from guie.sources import data_name, read_sources, set_name
+from guie.sources import PLACE4, data_name, data_sources, read_sources, set_name
 from tests.runs import is_one_sentence
 from tests.worlds import write_files
 
@@ -121,3 +121,19 @@ def test_a_set_is_called_by_its_name_and_not_by_that_of_a_part(source, name):
 def test_the_data_of_a_run_have_a_name_that_a_folder_can_have():
     assert data_name(['/data/my pets/train', '/data/my pets/val', '/data/täglich:1']) == 'my-pets+täglich-1'
     assert data_name('/data/pets') == 'pets' and len(data_name([f'/data/{number}' * 9 for number in range(99)])) <= 80
+
+
+@pytest.mark.parametrize('data, expected', [
+    (None, {'name': '', 'train': PLACE4}), (' ', {'name': '', 'train': PLACE4}),
+    ({'root': '/r'}, {'name': '', 'train': PLACE4, 'root': '/r'}),
+    ('/my/pets', {'name': 'pets', 'train': '/my/pets'}),
+    ("['/a/cats', '/a/dogs']", {'name': 'cats+dogs', 'train': ['/a/cats', '/a/dogs']}),
+    ('{"train": "/my/pets", "query": "q.csv"}', {'name': 'pets', 'train': '/my/pets', 'query': 'q.csv'}),
+    ({'train': '/my/pets', 'name': ''}, {'name': '', 'train': '/my/pets'})])
+def test_a_notebooks_data_are_load_datas_arguments(data, expected):
+    assert data_sources(data) == expected
+
+
+def test_an_unknown_part_of_data_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^DATA has no part 'quary'; give train, .*\. Did you mean query\?$"):
+        data_sources({'train': '/my/pets', 'quary': 'q.csv'})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -15,7 +16,6 @@ import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
 
 PARTS = ('pca', 'query', 'index')
-COLOURS = {'untrained': 'tab:grey', 'ingredient': 'tab:blue', 'soup': 'tab:orange', 'ensemble': 'tab:green'}
 
 
 def kept_vectors(folder):
@@ -33,7 +33,7 @@ def models(runs=demo.RUNS):
         found['soup', f'soup of {tower}'] = kept_vectors(runs / f'soup_{tower}' / 'vectors')
     soups = [vectors for (stage, _), vectors in found.items() if stage == 'soup']
     found['ensemble', 'both soups'] = {part: utilities.concatenate([soup[part] for soup in soups]) for part in PARTS}
-    order = sorted(found, key=lambda key: list(COLOURS).index(key[0]))
+    order = sorted(found, key=lambda key: demo.STAGES.index(key[0]))
     return {key: utilities.project(found[key]) for key in order}
 
 
@@ -75,19 +75,10 @@ def draw_queries(splits, projected, path, seed=5):
 
 def draw_scores(splits, projected, path):
     """mP@5 of every model, with the 95 % interval over the kinds of object."""
-    kinds, rows = splits['query']['label'], []
-    for (stage, name), (query, index) in projected.items():
-        precision = utilities.precision_at_5(query, kinds, index, splits['index']['label'])
-        rows.append((stage, name, *utilities.paired_bootstrap(np.zeros(len(kinds)), precision, kinds)))
-    figure, axis = plt.subplots(figsize=(7, .32 * len(rows) + .9))
-    stages, names, means, lows, highs = zip(*rows)
-    errors = np.abs(np.array([lows, highs]) - means)
-    axis.barh([f'{stage}: {name}' for stage, name in zip(stages, names)], means, xerr=errors, capsize=3,
-              color=[COLOURS[stage] for stage in stages])
-    axis.invert_yaxis()
-    axis.set(xlabel='mP@5 on never-seen objects (line: 95 % interval)')
-    figure.tight_layout()
-    save(figure, path)
+    rows = [utilities.score_table(stage, f'{stage}: {name}', {'query': query, 'index': index}, splits, dims=(None,))
+            for (stage, name), (query, index) in projected.items()]
+    utilities.plot_scores(pd.concat(rows))
+    save(plt.gcf(), path)
 
 
 def main():
