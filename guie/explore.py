@@ -50,7 +50,7 @@ def explore(out_dir, path='explore.html'):
     maps = draw_maps(runs, samples, images, sorted(range(len(runs)), key=lambda place: place not in chosen))
     pictures = draw_thumbnails(images, choose_thumbnails(found, scores))
     data = {'title': printable(root.absolute().name), 'choice': chosen,
-            'runs': [run_table(run, *numbers) | {'map': maps[place]} for place, (run, numbers) in enumerate(zip(runs, found))],
+            'runs': [run_table(run, *found[place]) | {'map': maps[place]} for place, run in enumerate(runs)],
             'pairs': {f'{a} {b}': pair for (a, b), pair in pairs.items()},
             'images': images.table() | {'picture': pictures}}
     page = root / user_path(path)
