@@ -82,11 +82,10 @@ def draw_thumbnails(images, chosen):
     number is printed."""
     files = [next(filter(os.path.exists, images.paths[image]), images.paths[image][0]) for image in chosen]
     dataset = ImageDataset(pd.DataFrame({'path': files, 'label': ''}, dtype=object), THUMBNAIL, max_unreadable=len(files))
-    pictures, drawn = [''] * len(images.paths), []
+    pictures = [''] * len(images.paths)
     for batch in progress_bar(loader(dataset, 64), 'thumbnails', leave=False):
-        drawn += map(as_webp, batch['image'])
-    for image, picture, bad in zip(chosen, drawn, dataset.bad.tolist()):
-        pictures[image] = 0 if bad else picture
+        for place, pixels in zip(batch['index'].tolist(), batch['image']):
+            pictures[chosen[place]] = 0 if dataset.bad[place] else as_webp(pixels)
     if bad := dataset.unreadable:
         print(printable(f'{len(bad):,} of {len(files):,} images could not be read, first {bad[0]}; the page shows a cross.'))
     return pictures

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -109,15 +110,21 @@ def browser():
         opened.close()
 
 
+@pytest.fixture(scope='module')
+def screen(browser):
+    """A screen of a size and colour scheme, opened once."""
+    return cache(lambda width, height, scheme: browser.new_context(
+        viewport={'width': width, 'height': height}, color_scheme=scheme))
+
+
 @pytest.fixture
-def visit(browser):
-    """Opens a page; afterwards no script has failed and no dialog was shown."""
-    contexts, failed = [], []
+def visit(screen):
+    """Opens a page; afterwards no script has failed, no dialog was shown and nothing was asked of a network."""
+    pages, failed = [], []
 
     def visit(path, width=1280, height=2200, scheme='light'):
-        contexts.append(browser.new_context(viewport={'width': width, 'height': height}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(3000)
+        page = screen(width, height, scheme).new_page()
+        pages.append(page)
         page.on('console', lambda message: failed.append(message.text))
         page.on('pageerror', lambda error: failed.append(str(error)))
         page.on('dialog', lambda dialog: (failed.append(dialog.message), dialog.dismiss()))
@@ -126,8 +133,8 @@ def visit(browser):
         return page
 
     yield visit
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert failed == []
 
 
@@ -280,6 +287,20 @@ def test_arrow_keys_select_unless_one_types(page):
     page.focus('#filter')
     page.keyboard.press('ArrowDown')
     assert selected() == names[1]
+
+
+def test_other_runs_keep_the_query_in_view_and_another_order_begins_at_its_top(page):
+    page.set_viewport_size({'width': 1280, 'height': 700})
+    for _ in range(20):
+        page.keyboard.press('ArrowDown')
+    query = page.locator('#detail .head p').all_inner_texts()
+    page.select_option('#choose-a', label=texts(page, '#choose-a option')[2])
+    chosen, box = page.locator('.option[aria-selected=true]'), page.locator('#list').bounding_box()
+    assert page.locator('#detail .head p').all_inner_texts() == query and chosen.get_attribute('title') == query[1]
+    inside = chosen.bounding_box()
+    assert box['y'] <= inside['y'] and inside['y'] + inside['height'] <= box['y'] + box['height'] + 1
+    page.select_option('#sort', 'best')
+    assert page.locator('.option').first.get_attribute('aria-selected') == 'true'
 
 
 def test_the_most_confused_pairs_are_counted_and_filter_the_list(page, world):
