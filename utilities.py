@@ -57,7 +57,6 @@ from guie.plots import (
     plot_logs,
     plot_margins,
     plot_scores,
-    plot_variance,
     plot_wise,
 )
 from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
@@ -98,5 +97,5 @@ __all__ = [
     'compare_neighbours', 'show_augmentation', 'show_neighbours', 'show_objects',
     'plot_similarities', 'show_map',
     'compare',
-    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
+    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_wise',
 ]
