@@ -87,9 +87,9 @@ def save_run(run_dir, model, config=None, *, method=None, state=None, file='mode
     config: None says which tower it is, and nothing else. method: how it was made, if not by training. state: the model's
     tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
     spec = asdict(model.spec)
-    config = config or Config(**{name: spec[name] for name in ('model_name', 'pretrained', 'image_size')})
-    metadata = {'spec': json.dumps(spec), 'config': json.dumps(asdict(config)), **({'method': method} if method else {}),
-                **{name: json.dumps(value) for name, value in facts.items()}}
+    tower = {name: spec[name] for name in ('model_name', 'pretrained', 'image_size')}
+    metadata = {'spec': json.dumps(spec), 'config': json.dumps(asdict(config) if config else tower),
+                **({'method': method} if method else {}), **{name: json.dumps(value) for name, value in facts.items()}}
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
 
 

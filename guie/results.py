@@ -105,7 +105,8 @@ def list_runs(root):
     dimensions, if scored), low, high (ends of its 95 % interval, if queries.csv is there) and hash of the weights."""
     if isinstance(root, (str, Path)):
         root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
-    return pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    table = pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    return table.astype({name: 'Int64' for name in ('image_size', 'seed', 'epochs') if name in table})  # some have none
 
 
 def row_of(checkpoint):
