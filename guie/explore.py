@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 
 from guie.errors import InputError, MissingError
-from guie.files import literal, printable, user_path, write_text
+from guie.files import printable, user_path, write_text
 from guie.maps import PARTS, check_finite, enough_for_tsne, on_plane, sample_images
-from guie.results import read_queries, read_vectors
+from guie.results import read_queries, read_vectors, settings_of
 from guie.scores import intervals
 from guie.thumbnails import Images, choose_thumbnails, draw_thumbnails
 
@@ -25,7 +24,7 @@ TSNE_POINTS = 4000  # of all maps together: a map of 2,000 takes about 7 seconds
 RANKS = [f'_{rank}' for rank in range(1, 6)]  # ends of the columns of queries.csv
 SEED = 5
 OF_A_RUN = ('model.safetensors', 'config.json', 'scores.csv')
-FACTS = ('method', 'alpha', 'ingredients', 'members', 'data')  # of a run's metadata
+ORIGIN = ('method', 'ingredients')  # settings that do not come from a Config
 
 
 def explore(out_dir, path='explore.html'):
@@ -111,10 +110,9 @@ def named(folder, root):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its name, {name: text} of its origin and of its config.json, queries.csv, and vectors.npz or None."""
+    """A run: its name, {setting: text}, queries.csv, and vectors.npz or None."""
     name: str
-    origin: dict
-    config: dict
+    settings: dict
     queries: pd.DataFrame
     vectors: dict | None
 
@@ -133,11 +131,6 @@ class Run:
         """The (path, label) of its queries or, with a rank, of the neighbour that each has there; '' where there is none."""
         return [*zip(*(self.queries[name + rank].tolist() for name in ('path', 'label')))]
 
-    def counted(self):
-        """How many of the five neighbours count for each query; None if the index is unknown."""
-        shown = Counter(label for _, label in self.index)
-        return None if self.vectors is None else [min(5, shown[label]) for label in self.queries['label']]
-
 
 def read_run(name, folder):
     """The Run of a folder; ValueError if its files do not fit each other."""
@@ -145,31 +138,19 @@ def read_run(name, folder):
     if vectors is not None and len(vectors['query']) != len(queries):
         raise InputError(printable(f'{folder} has {len(queries):,} queries but {len(vectors["query"]):,} query vectors: '
                                    f'save both again by utilities.save_results.'))
-    return Run(name, origin_of(folder), config_of(folder), queries, vectors)
+    return Run(name, told_by(folder), queries, vectors)
 
 
-def config_of(folder):
-    """{field: text} of a run's config.json; {} without one."""
-    with suppress(OSError, ValueError, TypeError):
-        config = json.loads((folder / 'config.json').read_text('utf-8'))
-        return {printable(str(name)): setting_text(value) for name, value in dict(config).items()}
-    return {}
-
-
-def origin_of(folder):
-    """{fact: text} of what a run's weights say of their origin."""
-    facts = {'method': 'training'}
-    with suppress(OSError, SafetensorError), safe_open(folder / 'model.safetensors', 'np') as file:
-        facts |= {name: text for name, text in (file.metadata() or {}).items() if name in FACTS}
-        return {name: setting_text(literal(text, list, str)) for name, text in facts.items()}
-    return {}
-
-
-def setting_text(value):
-    """A setting as text; a list of runs by their names."""
-    if isinstance(value, list) and value and all(isinstance(run, dict) and 'run' in run for run in value):
-        value = ', '.join(str(run.get('name', run['run'])) for run in value)
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def told_by(folder):
+    """{setting: text} of a run: what its weights say (settings_of) or, without them, its config.json."""
+    told = {}
+    with suppress(OSError, ValueError, LookupError):
+        told = settings_of(folder)
+    if {*told} <= {*ORIGIN}:
+        with suppress(OSError, ValueError, TypeError):
+            told = told | dict(json.loads((folder / 'config.json').read_text('utf-8')))
+    return {printable(str(name)): printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for name, value in told.items()}
 
 
 # Comparisons
@@ -237,9 +218,11 @@ def run_table(run, queries, near):
     """What the page says of a run; numbers of its queries (q,) and of their neighbours (q, 5)."""
     (low, high), = intervals([run.precision], run.queries['label'])
     far = run.queries[[f'distance{rank}' for rank in RANKS]].to_numpy(float)
-    return {'name': printable(run.name), 'origin': run.origin, 'config': run.config,
-            'mp5': mean(run.precision), 'low': low, 'high': high,
-            'query': queries.tolist(), 'precision': run.precision.tolist(), 'counted': run.counted(),
+    return {'name': printable(run.name), 'mp5': mean(run.precision), 'low': low, 'high': high,
+            'origin': {name: text for name, text in run.settings.items() if name in ORIGIN},
+            'config': {name: text for name, text in run.settings.items() if name not in ORIGIN},
+            'query': queries.tolist(), 'precision': run.precision.tolist(),
+            'counted': run.queries['relevant'].clip(upper=len(RANKS)).astype(int).tolist(),
             'near': near.ravel().tolist(), 'far': (100 * np.nan_to_num(far)).round().astype(int).ravel().tolist()}
 
 

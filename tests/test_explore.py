@@ -56,6 +56,7 @@ def make_queries(images, vectors):
     right = index['label'].to_numpy()[order] == query['label'].to_numpy()[:, None]
     there = query['label'].map(index['label'].value_counts()).fillna(0).to_numpy()
     table['precision'] = [hits[:int(count)].mean() if count else None for hits, count in zip(right, there)]
+    table['relevant'] = there.astype(int)
     for rank in RANKS[:len(index)]:
         near = order[:, rank - 1]
         table[[f'path_{rank}', f'label_{rank}']] = index[['path', 'label']].to_numpy()[near]
@@ -86,7 +87,8 @@ def world(tmp_path_factory):
     images = make_images(folder / 'data')
     ingredients = [{'run': 'one', 'score': .5}, {'run': 'two', 'score': None}]
     tables = {
-        'stages/first': write_run(folder / 'stages/first', images, .8, 3, SETTINGS['stages/first'], {'step': '3'}),
+        'stages/first': write_run(folder / 'stages/first', images, .8, 3, metadata={
+            'step': '3', 'config': json.dumps(SETTINGS['stages/first'])}),
         'second': write_run(folder / 'second', images, .45, 7, SETTINGS['second'],
                             {'method': 'uniform', 'ingredients': json.dumps(ingredients)}),
         'third': write_run(folder / 'third', images, 1.6, 4, vectors=False)}
@@ -337,7 +339,7 @@ def test_only_settings_that_differ_are_shown_and_a_missing_config_is_named(page)
         ['Setting', 'A: stages/first', 'B: second'], ['method', 'training', 'uniform'], ['ingredients', '–', 'one, two'],
         ['seed', '1', '2']]
     page.select_option('#choose-a', label=texts(page, '#choose-a option')[2])
-    assert page.locator('#no-settings').inner_text() == 'third has no config.json to compare.'
+    assert page.locator('#no-settings').inner_text() == 'third: no settings of training to compare.'
     page.select_option('#choose-a', '0')
     assert page.locator('#no-settings').inner_text() == 'None.' and page.locator('#settings tr').count() == 0
 
@@ -439,7 +441,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(written, visit, tmp_pat
 def test_with_six_thousand_queries_few_rows_are_in_the_page(tmp_path, visit, capsys):
     rows = np.arange(6000)
     table = pd.DataFrame({'path': [f'/none/q{row}.jpg' for row in rows], 'label': [f'object {row // 2}' for row in rows],
-                          'domain': 'x', 'precision': rows % 5 / 4})
+                          'domain': 'x', 'precision': rows % 5 / 4, 'relevant': 4})
     for rank in RANKS:
         table[f'path_{rank}'] = [f'/none/i{(row + rank) % 6000}.jpg' for row in rows]
         table[f'label_{rank}'] = [f'object {(row + rank) % 6000 // 2}' for row in rows]
