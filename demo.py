@@ -336,7 +336,8 @@ def run(folder=RUNS, seed=5, one_order=False):
     print(results.to_string(index=False, float_format='%.3f', na_rep='-'))
     made = [folder / 'results.csv', folder / 'ensemble' / 'submission.zip', *sorted(folder.glob('**/*.ipynb'))]
     print(f'{time.time() - started:.0f} s; made', *made, sep='\n  ')
-    print(f'Open first: {os.path.relpath(sys.executable)} -m jupyter lab {folder / "soup.ipynb"}')
+    print(f'Open first: {(folder / "explore.html").absolute().as_uri()}',
+          f'Then:       {os.path.relpath(sys.executable)} -m jupyter lab {folder / "soup.ipynb"}', sep='\n')
     return results
 
 

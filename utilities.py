@@ -37,6 +37,8 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     maps         how alike vectors are, and images on a plane
     comparison   two runs side by side
     plots        curves and bars
+    thumbnails   the images of a page, each once, as small pictures
+    explore      the page that compares runs, query by query
 
 training uses two more rooms, which come before it: sharding and resume."""
 from guie.begin import begin_run, begin_soups, begin_zero_shot
@@ -45,6 +47,7 @@ from guie.comparison import compare
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
+from guie.explore import explore
 from guie.images import ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.maps import plot_similarities, show_map
@@ -98,4 +101,5 @@ __all__ = [
     'plot_similarities', 'show_map',
     'compare',
     'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_wise',
+    'explore',
 ]

@@ -29,11 +29,12 @@ ORIGIN = ('method', 'ingredients')  # settings that do not come from a Config
 
 def explore(out_dir, path='explore.html'):
     """Writes one page, which needs no server or network, to compare runs query by query -> Page, which a notebook shows.
-    out_dir: a folder with runs up to two levels below, or a list of runs' folders; a run needs queries.csv, and vectors.npz
-    for its map. path: the page; a relative one is below out_dir, or the current folder for a list. Runs are compared on the
-    queries that they share: the same path and label or, where two runs share none, the same label and file name. At most
-    2,000 thumbnails and 2,000 places on a map, and t-SNE for the first maps alone, keep it small. Images that cannot be read
-    are printed and marked. FileNotFoundError without a run that has queries.csv; OSError if the page cannot be written."""
+    out_dir: a folder with runs up to two levels below, or a list of such folders or of runs; a run needs queries.csv, and
+    vectors.npz for its map. path: the page; a relative one is below out_dir, or the current folder for a list. Runs are
+    compared on the queries that they share: the same path and label or, where two runs share none, the same label and file
+    name. At most 2,000 thumbnails and 2,000 places on a map, and t-SNE for the first maps alone, keep it small. Images that
+    cannot be read are printed and marked. FileNotFoundError without a run that has queries.csv; OSError if the page cannot be
+    written."""
     folders, root = folders_of(out_dir)
     runs = [read_run(name, folder) for name, folder in folders.items()]
     runs.sort(key=lambda run: -np.nan_to_num(mean(run.precision), nan=-1))
@@ -82,13 +83,10 @@ class Page:
 def folders_of(out_dir):
     """({name: run's folder}, folder that a relative path is below); prints which runs are left out, since they have no
     queries.csv."""
-    if isinstance(out_dir, (list, tuple)):
-        folders, root = [user_path(folder) for folder in out_dir], Path()
-    else:
-        root = user_path(out_dir)
-        found = {file.parent for name in ('queries.csv', *OF_A_RUN) for start in ('', '*/', '*/*/')
-                 for file in root.glob(start + name)}
-        folders = sorted(folder for folder in found if 'state' not in folder.relative_to(root).parts)  # to resume from
+    several = isinstance(out_dir, (list, tuple))
+    roots = [user_path(root) for root in (out_dir if several else [out_dir])]
+    folders = {folder.absolute(): folder for root in roots for folder in runs_below(root) or [root]}.values()
+    root = Path() if several else roots[0]
     with_queries = [folder for folder in folders if (folder / 'queries.csv').is_file()]
     without = [named(folder, root) for folder in folders if folder not in with_queries]
     if not with_queries:
@@ -98,8 +96,16 @@ def folders_of(out_dir):
         print(printable(f'Left out, since they hold no queries.csv: {", ".join(without)}; run their notebooks again, or '
                         f'utilities.save_results.'))
     names = Counter(folder.name for folder in with_queries)
-    return {str(folder) if root == Path() and names[folder.name] > 1 else named(folder, root): folder
+    return {str(folder) if several and names[folder.name] > 1 else named(folder, root): folder
             for folder in with_queries}, root
+
+
+def runs_below(root):
+    """The folders of runs in a folder, up to two levels below, sorted; without stages and states."""
+    found = {file.parent for name in ('queries.csv', *OF_A_RUN) for start in ('', '*/', '*/*/')
+             for file in root.glob(start + name)}
+    return sorted(folder for folder in found if 'state' not in folder.relative_to(root).parts
+                  and not folder.name.startswith(f'{folder.parent.name}-stage-'))
 
 
 def named(folder, root):

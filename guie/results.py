@@ -19,6 +19,9 @@ from guie.retrieval import nearest_neighbours, precision_at_5
 from guie.scores import intervals, save_scores
 
 NEAREST = 5  # index images of each query that are kept
+NUMBERS = ['precision', 'relevant', *(f'distance_{rank + 1}' for rank in range(NEAREST))]  # of queries.csv
+COLUMNS = ['path', 'label', 'domain', 'precision', 'relevant', *(
+    f'{name}_{rank + 1}' for rank in range(NEAREST) for name in ('path', 'label', 'distance'))]
 
 
 def save_results(run_dir, scores, vectors, splits, projection=None):
@@ -60,10 +63,9 @@ def query_table(query, index, splits):
 def read_queries(run):
     """queries.csv of a run's folder: DataFrame as in save_results. MissingError without one; InputError for another file."""
     file = user_path(run) / 'queries.csv'
-    numbers = ['precision', 'relevant', *(f'distance_{rank + 1}' for rank in range(NEAREST))]
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
-        return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')[COLUMNS]
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in NUMBERS})
     except FileNotFoundError:
         raise MissingError(f'{file.parent} has no queries.csv: run its notebook again, or call save_results for it.'
                            ) from None
