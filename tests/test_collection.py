@@ -11,7 +11,7 @@ from PIL import Image
 from runs import is_one_sentence, small_model
 
 from guie import collection
-from guie.collection import cache_folders, collect, find_images, read_parts, vectors_of
+from guie.collection import SubmissionFile, cache_folders, collect, find_images, read_parts, vectors_of
 from guie.embedding import embed
 from guie.errors import FileError, InputError, MissingError
 
@@ -83,10 +83,11 @@ def test_new_and_changed_images_are_embedded_alone_and_those_that_are_gone_leave
     assert sorted(read) == ['00.jpg', '5.jpg'] and len(found.files) == 12
     assert_vectors(found)
     assert isinstance(found.vectors, np.memmap) and len(parts(photos)) == 1 and len(np.load(parts(photos)[0])) == 12
-    assert not (photos / 'c/9.jpg').exists() and str(photos / 'c/9.jpg') not in found.files['path'].tolist()
+    assert str(photos / 'c/9.jpg') not in found.files['path'].tolist()
     read.clear()
+    (photos / 'c/10.jpg').unlink()
     assert_vectors(opened(photos))
-    assert read == []
+    assert read == [] and len(parts(photos)) == 1 and len(np.load(parts(photos)[0])) == 11
 
 
 def test_a_stopped_session_loses_a_part_at_most(photos, monkeypatch):
@@ -207,10 +208,12 @@ def test_what_an_attached_run_holds_is_read_there_and_only_the_rest_is_written_e
     opened(photos, folders=[attached, own])
     assert read == [] and not own.exists()
     shutil.copy(train['path'][20], photos / 'a/0.jpg')
+    written = []
     for _ in range(2):
         assert_vectors(opened(photos, folders=[attached, own]))
+        written.append(list(own.rglob('*.npy')))
     assert read == ['0.jpg'] and {file: file.read_bytes() for file in attached.rglob('*.*')} == before
-    assert len(list(own.rglob('*.npy'))) == 1
+    assert len(written[0]) == 1 and written[0] == written[1]
 
 
 def test_a_full_disk_is_one_sentence_and_the_parts_before_stay(photos, monkeypatch, read):
@@ -294,3 +297,12 @@ def test_vectors_of_says_which_images_could_be_read(photos):
     assert np.allclose(vectors, embed(MODEL, pd.DataFrame({'path': paths, 'label': ''}))[[0, 2]], atol=1e-6)
     Image.new('RGB', (8, 8)).save(photos / 'black.png')  # a black image is an image
     assert vectors_of(MODEL, [str(photos / 'black.png')], 'one')[1].all()
+
+
+def test_vectors_of_a_submission_are_scaled_to_length_1(photos):
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the mean colour, 0 to 255
+    module.register_forward_pre_hook(lambda _, images: images[0].float())
+    path = str(photos / 'a/0.jpg')
+    colour = np.asarray(Image.open(path), np.float32).mean((0, 1))
+    vectors, readable = vectors_of(SubmissionFile(module, photos), [path, str(photos / 'none.jpg')], 'some')
+    assert np.allclose(vectors, colour / np.linalg.norm(colour), atol=1e-5) and readable.tolist() == [True, False]
