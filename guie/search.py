@@ -255,7 +255,7 @@ def text_recall(texts):
 
 def draw_found(found, query=None, title='', columns=10, size=96):
     """Shows what was found with names and distances, in rows of `columns`, after a Cell of the query if there is one."""
-    found, names = found.head(DRAWN), found['label'] if 'label' in found else found['path'].map(os.path.basename)
+    found, names = found.head(DRAWN), found['label'] if 'label' in found else [*map(os.path.basename, found['path'])]
     cells = [Cell(place % columns + (query is not None), path, name_of(name), f'{distance:.2f}')
              for place, (path, name, distance) in enumerate(zip(found['path'], names, found['distance']))]
     rows = [cells[start:start + columns] for start in range(0, max(1, len(cells)), columns)]

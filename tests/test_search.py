@@ -1,4 +1,5 @@
 """Search: what is found is what comparing all vectors finds, by image and by text, and bad input is one sentence."""
+import os
 import shutil
 from math import comb
 from pathlib import Path
@@ -157,6 +158,19 @@ def test_a_query_that_is_no_image_is_one_sentence(photos, tmp_path, monkeypatch,
     with pytest.raises(error, match=words) as caught:
         found.like(query)
     assert is_one_sentence(caught)
+
+
+@pytest.mark.parametrize('folders', [[b'\xff\xfe'], [b'\xff\xfe', b'\xfd']])
+def test_names_that_are_no_utf_8_are_found_and_shown(train, tmp_path, capsys, folders):
+    for place, path in enumerate(train['path'][:6]):
+        to = tmp_path / 'photos' / os.fsdecode(folders[place % len(folders)]) / f'{place}{os.fsdecode(bytes([0xff]))}.jpg'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    (to.parent / os.fsdecode(b'\xfe.jpg')).write_bytes(b'no image')
+    found = Search(zero_shot(), tmp_path / 'photos', cache=tmp_path / 'kept')
+    rows, _ = brute_force(found.vectors, found.vectors[4], 5, leave_out=4)
+    assert found.like(found.files['path'][4])['path'].tolist() == found.files['path'].iloc[rows].tolist()
+    assert len(found.text('apple')) == 5 and repr(found).encode() and capsys.readouterr().out.encode()
 
 
 @pytest.mark.parametrize('k', [0, -1, 2.5, True, '5', None])
