@@ -82,11 +82,14 @@ def save_state(tensors, path, metadata=None, *, overwrite=False):
         beside.chmod(mode)
 
 
-def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **facts):
+def save_run(run_dir, model, config=None, *, method=None, state=None, file='model.safetensors', **facts):
     """Saves tower, head and projection as run_dir/file, with all that is needed to load them again.
-    state: the model's tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
-    metadata = {'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
-                **{name: json.dumps(value) for name, value in facts.items()}}
+    config: None says which tower it is, and nothing else. method: how it was made, if not by training. state: the model's
+    tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
+    spec = asdict(model.spec)
+    tower = {name: spec[name] for name in ('model_name', 'pretrained', 'image_size')}
+    metadata = {'spec': json.dumps(spec), 'config': json.dumps(asdict(config) if config else tower),
+                **({'method': method} if method else {}), **{name: json.dumps(value) for name, value in facts.items()}}
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
 
 
@@ -111,33 +114,42 @@ def load_run(path, tower=None, *, dim=64):
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     try:
         model = unloaded_model(checkpoint, given)
+        width = model.head.embedding.out_features if model.head is not None else model.spec.width
+        projection = linear_of(checkpoint, None if tower is True else dim, width)
     except Exception as error:  # strangers' metadata may hold anything
-        raise InputError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
-                         f'shapes of head and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this '
-                         f'run again, or pass tower=load_image_tower(…).') from error
+        raise not_built(checkpoint, error) from error
     load_strictly(model, checkpoint, checkpoint.path)
-    if tower is True:
-        return Embedder(model.tower).eval()
-    width = model.head.embedding.out_features if model.head is not None else model.spec.width
-    model.projection = linear_of(checkpoint, dim, width)
-    return model.eval()
+    return Embedder(model.tower, None if tower is True else model.head, projection).eval()
+
+
+def not_built(checkpoint, error):
+    """The InputError of a file whose own words do not fit its tensors."""
+    return InputError(f'{checkpoint.path} cannot be built from what it says of itself (its metadata, the shapes of head and '
+                      f'projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this run again, or pass '
+                      f'tower=load_image_tower(…).')
 
 
 def load_ensemble(checkpoint, tower, dim):
     """The Ensemble of save_ensemble; InputError if a member is not the one it was made of, MissingError without it."""
     if tower is not None:
         raise InputError(f'{checkpoint.name} is an ensemble of several towers: load one of its members instead.')
-    members, folder = [], checkpoint.path.parent
-    for member in json.loads(checkpoint.metadata['members']):
+    folder = checkpoint.path.parent
+    try:
+        told = [(folder / member['run'], member['hash']) for member in json.loads(checkpoint.metadata['members'])]
+        projection = linear_of(checkpoint, dim, checkpoint.projection['weight'].shape[1])
+    except Exception as error:
+        raise not_built(checkpoint, error) from error
+    members = []
+    for path, code in told:
         try:
-            run = open_checkpoint(folder / member['run'])
+            run = open_checkpoint(path)
         except FileNotFoundError as error:
-            raise MissingError(f'{folder} is an ensemble of {member["run"]}, which is not there: keep their folders as they '
-                               f'were, or make the ensemble again.') from error
-        if state_hash(run) != member['hash']:
+            raise MissingError(f'{folder} is an ensemble of {path}, which is not there: keep their folders as they were, or '
+                               f'make the ensemble again.') from error
+        if state_hash(run) != code:
             raise InputError(f'{folder} was made of other weights than those in {run.path} now: make the ensemble again.')
         members.append(load_run(run, dim=None))
-    return Ensemble(members, linear_of(checkpoint, dim, checkpoint.projection['weight'].shape[1])).eval()
+    return Ensemble(members, projection).eval()
 
 
 def linear_of(checkpoint, dim, width):

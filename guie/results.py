@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from guie.checkpoints import PROJECTION, open_checkpoint, save_projection, save_state, sound_checkpoints
+from guie.config import present_names
 from guie.datasets import any_names
 from guie.errors import InputError, MissingError
 from guie.files import state_hash, user_path, whole_file
@@ -25,8 +26,9 @@ def save_results(run_dir, scores, vectors, splits, projection=None):
     projection to at most 64 numbers into its model.safetensors.
     scores: a score_table. vectors: of embed_all, at the model's full width. splits: their images. projection: a Projection
     (None: the PCA of vectors['pca'] that score_table takes). queries.csv has a row a never-seen query: path, label, domain,
-    precision (empty where the index shows none of its object), and path, label and distance of its five nearest index
-    images. vectors.npz holds what explore maps: query and index, float16 (n, dim). OSError if the disk refuses."""
+    precision (empty where the index shows none of its object), relevant (index images of its object), and path, label and
+    distance of its five nearest index images. vectors.npz holds what explore maps: query and index, float16 (n, dim).
+    OSError if the disk refuses."""
     run_dir = user_path(run_dir)
     save_scores(scores, run_dir / 'scores.csv')
     projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca']))
@@ -43,6 +45,7 @@ def query_table(query, index, splits):
     """queries.csv of vectors (q, d) and (n, d) of the query and index images: see save_results."""
     table = splits['query'][['path', 'label', 'domain']].reset_index(drop=True)
     table['precision'] = precision_at_5(query, table['label'], index, splits['index']['label'])
+    table['relevant'] = table['label'].map(splits['index']['label'].value_counts()).fillna(0).astype(int)
     near = min(NEAREST, len(index))
     distances, places = nearest_neighbours(query, index, near)
     for rank in range(NEAREST):
@@ -57,7 +60,7 @@ def query_table(query, index, splits):
 def read_queries(run):
     """queries.csv of a run's folder: DataFrame as in save_results. MissingError without one; InputError for another file."""
     file = user_path(run) / 'queries.csv'
-    numbers = ['precision', *(f'distance_{rank + 1}' for rank in range(NEAREST))]
+    numbers = ['precision', 'relevant', *(f'distance_{rank + 1}' for rank in range(NEAREST))]
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
         return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
@@ -102,20 +105,44 @@ def list_runs(root):
     dimensions, if scored), low, high (ends of its 95 % interval, if queries.csv is there) and hash of the weights."""
     if isinstance(root, (str, Path)):
         root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
-    return pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    table = pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    return table.astype({name: 'Int64' for name in ('image_size', 'seed', 'epochs') if name in table})  # some have none
 
 
 def row_of(checkpoint):
     """A row of list_runs."""
-    told, config = checkpoint.metadata, json.loads(checkpoint.metadata.get('config', '{}'))
+    told, score, (low, high) = settings_of(checkpoint), checkpoint.score, interval_of(checkpoint)
+    return {'run': checkpoint.name, **{name: told.get(name) for name in (
+        'method', 'model_name', 'image_size', 'augmentation', 'seed', 'epochs', 'ingredients')},
+        'mp5': math.nan if score is None else score, 'low': low, 'high': high,
+        'hash': state_hash(checkpoint or checkpoint.projection)}
+
+
+def settings_of(run):
+    """What a run was made of: {'method': how, 'ingredients': the names of a soup's, or of an ensemble's members, and each
+    field of Config: value}; without what differs between ingredients, augmentation and seed, if it has some."""
+    told = open_checkpoint(run).metadata
     parts = ([part['name'] for part in json.loads(told['members'])] if 'members' in told
              else [part['run'] for part in json.loads(told.get('ingredients', '[]'))])
-    low, high = interval_of(checkpoint)
-    return {'run': checkpoint.name, 'method': told.get('method', 'training'),
-            **{name: config.get(name) for name in ('model_name', 'image_size')},
-            **{name: None if parts else config.get(name) for name in ('augmentation', 'seed', 'epochs')},
-            'ingredients': ', '.join(parts) or None, 'mp5': math.nan if (score := checkpoint.score) is None else score,
-            'low': low, 'high': high, 'hash': state_hash(checkpoint or checkpoint.projection)}
+    config = present_names(json.loads(told.get('config', '{}')))
+    if parts:
+        config = {name: value for name, value in config.items() if name not in ('augmentation', 'seed')}
+    return {'method': told.get('method', 'training')} | ({'ingredients': ', '.join(parts)} if parts else {}) | config
+
+
+def shared_queries(first, second):
+    """Positions of the queries that two tables share, as two arrays int64 of one length.
+    Rows are the same query if path and label agree; if none do, since data sets are mounted in different folders, if label
+    and file name do. Equal rows are matched in order."""
+    for by_path in (True, False):
+        keys = [[(path if by_path else os.path.basename(path), label) for path, label in zip(table['path'], table['label'])]
+                for table in (first, second)]
+        tables = [pd.DataFrame({'key': key, 'row': range(len(key))}) for key in keys]
+        tables = [table.assign(again=table.groupby('key').cumcount()) for table in tables]
+        both = tables[0].merge(tables[1], on=['key', 'again'])
+        if len(both):
+            break
+    return both['row_x'].to_numpy(int), both['row_y'].to_numpy(int)
 
 
 def interval_of(checkpoint):
