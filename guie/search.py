@@ -25,7 +25,7 @@ from guie.retrieval import nearest_neighbours
 from guie.submission import load_submission
 from guie.text import load_text_tower, text_vectors
 
-NAMES = 200       # folder names that the recall of texts is measured on, at most
+NAMES = 200       # labels that the recall of texts is measured on, at most
 FLAT = 1_000_000  # vectors up to which faiss compares all
 DRAWN = 50        # images of a figure, at most
 
@@ -35,9 +35,10 @@ class Search:
     run: the folder of a run, a soup or the ensemble, a submission.zip, or a loaded Embedder or Ensemble. folder: a folder of
     images, arranged in any way, or a table with a column path (and perhaps label). Vectors are kept in the run's folder
     (search/<folder>-<hash of its path>), or in runs/search where that cannot be written, or in `cache`; only new and changed
-    images are embedded, and a stopped session loses 2,000 at most. Images that cannot be read are named and left out.
-    faiss: True also builds an index of faiss in memory: up to a million images it compares all, which is no faster than
-    without; beyond, it looks at a part, takes minutes to build, answers in a millisecond and prints its recall.
+    images are embedded, and a stopped session loses 2,000 at most (20,000 with a GPU). Images that cannot be read are named
+    and left out. faiss: True also builds an index of faiss in memory: up to a million images it compares all, which is no
+    faster than without; beyond, it looks at a part, takes a minute or more to build, answers in milliseconds and prints its
+    recall.
     files: DataFrame path, size, mtime and, where the images lie in several folders, label (the folder's name). vectors:
     float32 (n, dim), unit rows in the order of files, mapped from disk. unreadable: paths."""
 
@@ -46,7 +47,8 @@ class Search:
         self.model, home, self.name = open_model(run)
         self.folders = cache_folders(self.root, home, os.path.basename(home.absolute() if home else self.name), cache)
         self.collection = collect(self.images, self.root, self.model, self.folders)
-        self.files, self.vectors, self.unreadable = vars(self.collection).values()
+        self.files, self.vectors = self.collection.files, self.collection.vectors
+        self.unreadable = self.collection.unreadable
         self.faiss = faiss_index(self.vectors) if faiss else None
         self.texts = None  # (encode, the Embedder whose vectors texts are compared with, its Collection), once asked for
 
@@ -75,8 +77,7 @@ class Search:
     def text(self, words, k=5, *, draw=True):
         """The k images that a text describes best, as `like` returns and shows them; for the run of an open_clip model.
         Texts are compared with the vectors of the tower alone where a head was trained; the first text embeds these. It also
-        prints how well text finds images here: recall@5 of the folders' names. ValueError: a model whose texts are
-        unknown."""
+        prints how well texts find images here: recall@5 of the labels. ValueError: a model without a text half."""
         k = whole_number(k)
         if not isinstance(words, str) or not words.strip():
             raise InputError(f'The text to search for is {words!r}: give some words, such as \'a red bag\'.')
@@ -235,11 +236,11 @@ def encoded(texts, words):
 
 
 def text_recall(texts):
-    """A sentence: for how many folder names one of the five nearest images lies in that folder, and by chance."""
+    """A sentence: how many labels, searched for as texts, one of the five nearest images has, and by chance."""
     files, vectors = texts[2].files, texts[2].vectors
     if 'label' not in files:
-        return ('How well texts find these images is not known: they do not lie in several folders whose names could be '
-                'searched for.')
+        return ('How well texts find these images is not known: they have no different labels, such as the names of their '
+                'folders, to search for.')
     counts = files['label'].value_counts(sort=False)
     chosen = counts.iloc[np.unique(np.linspace(0, len(counts) - 1, min(NAMES, len(counts))).astype(int))]
     words = [name_of(label).replace('_', ' ').replace('-', ' ') for label in chosen.index]
@@ -248,7 +249,7 @@ def text_recall(texts):
     recall = (files['label'].to_numpy()[rows] == chosen.index.to_numpy()[:, None]).any(1).mean()
     missed = np.prod([(len(files) - chosen - i).clip(lower=0) / (len(files) - i) for i in range(near)], axis=0)
     return (f'Texts find these images with recall@5 {recall:.3f} ({1 - missed.mean():.3f} by chance): the share of '
-            f'{len(chosen):,} folder names for which one of the five nearest images lies in that folder.')
+            f'{len(chosen):,} labels, each searched for as a text, that one of the five nearest images has.')
 
 
 # Figures

@@ -338,7 +338,7 @@ def test_a_text_finds_what_lies_nearest_to_it_through_the_same_projection(named,
     chance = 1 - comb(12, 5) / comb(15, 5)
     said = capsys.readouterr().out
     assert said.count(f'Texts find these images with recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 5 '
-                      f'folder names') == 1 == said.count('recall@5')
+                      f'labels') == 1 == said.count('recall@5')
     assert dim or np.mean(hits) == 1
     assert len(list((tmp_path / 'kept').rglob('*.npy'))) == 1
     assert texts_shown()[0][-1].replace('\n', ' ') == word or '…' in texts_shown()[0][-1]
@@ -382,7 +382,7 @@ def test_the_recall_of_texts_is_that_of_a_few_names_where_there_are_many(monkeyp
     assert words == ['kind 0', 'kind 4', 'kind 8']
     hits = [f'kind_{number}' in np.array(labels)[brute_force(vectors, anchors[number], 5)[0]] for number in (0, 4, 8)]
     chance = np.mean([1 - comb(18 - count, 5) / comb(18, 5) for count in (1, 2, 3)])
-    assert f'recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 3 folder names' in said
+    assert f'recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 3 labels' in said
 
 
 @pytest.mark.parametrize('words', ['', '  ', None, 7, ['red']])
