@@ -13,7 +13,7 @@ test: .venv/test-ready
 test-kaggle: .venv-kaggle/ready
 	.venv-kaggle/bin/python -m pytest
 
-BENCHMARKS = image_input head neighbours soup pca submission embedding step demo_share
+BENCHMARKS = image_input head neighbours search soup pca submission embedding step demo_share
 
 benchmark: .venv/benchmark-ready
 	for name in $(BENCHMARKS); do .venv/bin/python benchmarks/$$name.py || exit 1; done

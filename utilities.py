@@ -36,6 +36,8 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     pictures     what is searched, and queries beside their neighbours
     maps         how alike vectors are, and images on a plane
     comparison   two runs side by side
+    collection   the vectors of your own images, kept on disk
+    search       your own images found by image or text
     plots        curves and bars
     thumbnails   the images of a page, each once, as small pictures
     explore      the page that compares runs, query by query
@@ -67,6 +69,7 @@ from guie.recipes import RECIPES, train
 from guie.results import list_runs, save_ensemble, save_results
 from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
 from guie.scores import gain_table, paired_bootstrap, score_table, scores_by_domain
+from guie.search import Search
 from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
@@ -100,6 +103,7 @@ __all__ = [
     'compare_neighbours', 'show_augmentation', 'show_neighbours', 'show_objects',
     'plot_similarities', 'show_map',
     'compare',
+    'Search',
     'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_wise',
     'explore',
 ]

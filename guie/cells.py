@@ -44,7 +44,8 @@ def draw_cells(rows, size, meaning, together=1):
     colours = {cell.colour for cell in cells}
     legend = [Patch(color=colour, label=says) for colour, says in meaning.items() if colour in colours]
     top = GAP + .25 * bool(legend) + .22 * any(cell.above for cell in cells)
-    left = GAP + (.25 if any(cell.left for cell in cells if cell.column == 0) else 0)
+    beside_first = [wrapped(cell.left, 16).count('\n') + 1 for cell in cells if cell.column == 0 and cell.left]
+    left = GAP + (LINE * max(beside_first) + .085 if beside_first else 0)
     width = max(left + (SIDE + GAP) * (1 + max(cell.column for cell in cells)), 6 * bool(legend))
     lines = [max(text.count('\n') + 1 if text else 0 for text in row) for row in texts]
     bottoms = top + np.cumsum([SIDE + GAP + LINE * count + 2 * GAP * (place % together == together - 1 > 0)

@@ -24,14 +24,16 @@ from guie.splits import SELECTION, Splits
 WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer than it saves
 
 
-def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None):
+def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None,
+          unreadable=None):
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
     Launched processes embed a part each, and all return the whole. cache: an .npz file of vectors, paths and a hash of
     weights and normalisation; it is used again if paths and hash agree. known: more such files, only read. Unreadable images
-    count as black ones, and are printed; more than max_unreadable (as in ImageDataset) raise OSError. Each member of an
-    Ensemble reads the images at its own size, and has a cache of its own."""
+    count as black ones, and are printed, or go into the list `unreadable` instead; more than max_unreadable (as in
+    ImageDataset) raise OSError. Each member of an Ensemble reads the images at its own size, and has a cache of its own."""
     if isinstance(model, Ensemble):
-        options = {'batch_size': batch_size, 'workers': workers, 'desc': desc, 'max_unreadable': max_unreadable}
+        options = {'batch_size': batch_size, 'workers': workers, 'desc': desc, 'max_unreadable': max_unreadable,
+                   'unreadable': unreadable}
         below = lambda file, number: file and of_member(Path(file).parent, number) / Path(file).name
         parts = [embed(member, frame, cache=below(cache, number), known=[below(file, number) for file in known], **options)
                  for number, member in enumerate(model.members, start=1)]
@@ -50,17 +52,19 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     batches = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
     with torch.inference_mode(), torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
         vectors = torch.cat([model(batch['image'].to(device)).float()
-                             for batch in progress_bar(batches, desc, leave=False, disable=rank > 0)])
+                             for batch in progress_bar(batches, desc, leave=False, disable=rank > 0 or len(dataset) == 1)])
     model.to(home)
     if home.type == 'cpu':
         torch.cuda.empty_cache()  # frees the GPU for processes that the notebook launches
-    unreadable = dataset.unreadable
+    bad = dataset.unreadable
     if processes > 1:  # (processes · each, dim) by rank -> by row
         vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
-        unreadable = sorted(set(gather_object(unreadable)))
+        bad = sorted(set(gather_object(bad)))
     vectors = vectors.cpu().numpy()
-    if unreadable and rank == 0:
-        print(f'{len(unreadable)} images could not be read, first {printable(unreadable[0])}; they count as a black square.')
+    if unreadable is not None:
+        unreadable += bad
+    elif bad and rank == 0:
+        print(f'{len(bad)} images could not be read, first {printable(bad[0])}; they count as a black square.')
     if cache and rank == 0:
         save_vectors(cache, vectors, paths, key)
     if processes > 1:

@@ -33,8 +33,8 @@ def explore(out_dir, path='explore.html'):
     vectors.npz for its map. path: the page; a relative one is below out_dir, or the current folder for a list. Runs are
     compared on the queries that they share: the same path and label or, where two runs share none, the same label and file
     name. At most 2,000 thumbnails and 2,000 places on a map, and t-SNE for the first maps alone, keep it small. Images that
-    cannot be read are printed and marked. FileNotFoundError without a run that has queries.csv; OSError if the page cannot be
-    written."""
+    cannot be read are printed and marked. FileNotFoundError without a run that has queries.csv; OSError if the page cannot
+    be written."""
     folders, root = folders_of(out_dir)
     runs = [read_run(name, folder) for name, folder in folders.items()]
     runs.sort(key=lambda run: -np.nan_to_num(mean(run.precision), nan=-1))

@@ -296,10 +296,10 @@ def host_vector(model, zip_path, path, pixels):
     return output.flatten().numpy()
 
 
-def host_vectors(model, zip_path, paths, max_unreadable):
+def host_vectors(model, zip_path, paths, max_unreadable, desc='replay'):
     """({path: vector} of the images that can be read, [paths of the others]); OSError if more than max_unreadable cannot."""
     vectors, unreadable = {}, []
-    for path in progress_bar(paths, 'replay', unit=' images'):
+    for path in progress_bar(paths, desc, unit=' images', disable=len(paths) == 1):
         try:
             pixels = host_pixels(path)
         except FileError as error:

@@ -62,7 +62,7 @@ def load_text_tower(model_name, pretrained=''):
     def encode(texts, batch_size=256):
         model.to(best_device())
         batches = [tokenizer(texts[i:i + batch_size]) for i in range(0, len(texts), batch_size)]
-        bar = progress_bar(batches, 'texts')
+        bar = progress_bar(batches, 'texts', disable=len(batches) == 1)
         vectors = [model.encode_text(batch.to(best_device())).float().cpu() for batch in bar]
         if getattr(tokenizer, 'unknown', None):
             print(f'{len(tokenizer.unknown)} words are unknown to {model_name}: '

@@ -95,6 +95,14 @@ def test_cells_stand_in_rows_and_columns_below_each_other_and_are_never_cut_off(
     assert figure.axes[3].spines['top'].get_edgecolor() == to_rgba('tab:red')
 
 
+def test_a_title_of_two_lines_left_of_the_first_column_is_not_cut_off(train):
+    for title in ('query', 'two lines of a long title'):
+        draw_cells([[Cell(0, train['path'][0], left=title)]], 32, {})
+        text = plt.gcf().axes[0].texts[0]
+        assert ('\n' in text.get_text()) == (title != 'query')
+        assert 0 <= text.get_window_extent().x0 < plt.gcf().axes[0].get_window_extent().x0
+
+
 def test_unreadable_paths_that_are_no_utf_8_are_named(train, capsys):
     draw_cells([[Cell(0, '/none/\udcff.jpg'), Cell(1, '/none/\udcff.jpg'), Cell(2, train['path'][0])]], 32, {})
     assert texts() == [['×'], ['×'], []]

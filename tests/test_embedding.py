@@ -12,6 +12,7 @@ from runs import contents, new_model, small_model
 from guie import embedding
 from guie.embedding import cached_vectors, embed, embed_all, save_vectors, selection_score, vectors_hash
 from guie.images import read_pixels
+from guie.model import Ensemble
 from guie.retrieval import mean_precision_at_5
 
 
@@ -121,6 +122,12 @@ def test_an_unreadable_image_has_the_vector_of_a_black_square_and_is_named(train
     assert np.allclose(vectors, embed(model, frame), atol=1e-6)
     with pytest.raises(OSError, match='More than 0 images .max_unreadable. cannot be read'):
         embed(model, frame.assign(path=str(tmp_path / 'broken.jpg')), max_unreadable=0)
+    frame.loc[2, 'path'], bad = str(tmp_path / 'broken.jpg'), []
+    capsys.readouterr()
+    assert np.array_equal(embed(model, frame, unreadable=bad), vectors)
+    assert bad == [str(tmp_path / 'broken.jpg')] and 'could not be read' not in capsys.readouterr().out
+    embed(Ensemble([model, model]), frame, unreadable=bad)
+    assert {*bad} == {str(tmp_path / 'broken.jpg')} and 'could not be read' not in capsys.readouterr().out
 
 
 def test_several_splits_are_kept_by_name_and_found_again_also_in_a_folder_that_is_not_written(train, tmp_path, no_forward):
