@@ -304,6 +304,16 @@ def test_faiss_finds_the_same_and_its_groups_recall_is_printed(photos, tmp_path,
     assert with_index.like(path).equals(Search(MODEL, photos, cache=tmp_path / 'kept').like(path))
 
 
+def test_faiss_is_used_unasked_only_for_many_images_where_it_is_installed(photos, tmp_path, monkeypatch):
+    pytest.importorskip('faiss', reason='without faiss its use for many images is untested')
+    assert Search(MODEL, photos, cache=tmp_path).faiss is None
+    monkeypatch.setattr('guie.search.FLAT', 3)
+    assert Search(MODEL, photos, cache=tmp_path, faiss=False).faiss is None
+    assert Search(MODEL, photos, cache=tmp_path).faiss.ntotal > 3
+    monkeypatch.setitem(__import__('sys').modules, 'faiss', None)
+    assert Search(MODEL, photos, cache=tmp_path).faiss is None
+
+
 def test_faiss_that_is_not_installed_is_one_sentence(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'faiss', None)
     with pytest.raises(InputError, match='pip install faiss-cpu') as error:
