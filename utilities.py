@@ -24,6 +24,7 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     model        head, Embedder, learning rates
     checkpoints  files of weights and folders of runs
     embedding    images to cached vectors
+    results      a run's scores, queries and projection; tables of runs
     memory       memory and disk that a run needs, before it starts
     estimate     about how long towers will take
     training     the loop
@@ -38,16 +39,15 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
 
 training uses two more rooms, which come before it: sharding and resume."""
 from guie.begin import begin_run, begin_soups, begin_zero_shot
-from guie.checkpoints import find_ingredients, list_runs, load_run, open_checkpoint, save_run
+from guie.checkpoints import find_ingredients, load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
-from guie.files import scratch_folder
-from guie.images import AUGMENTATIONS, ImageDataset, read_image
+from guie.images import ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.maps import plot_similarities, show_map
 from guie.memory import training_plan
-from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups, resize
+from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups
 from guie.pictures import compare_neighbours, show_augmentation, show_neighbours, show_objects
 from guie.plots import (
     plot_basin,
@@ -58,10 +58,11 @@ from guie.plots import (
     plot_variance,
     plot_wise,
 )
-from guie.projection import concatenate, fit_pca, l2_normalise, project, random_projection
-from guie.recipes import RECIPES, follow_recipe, train
+from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
+from guie.recipes import RECIPES, train
+from guie.results import list_runs, save_ensemble, save_results
 from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
-from guie.scores import gain_table, paired_bootstrap, save_scores, score_table, scores_by_domain
+from guie.scores import gain_table, paired_bootstrap, score_table, scores_by_domain
 from guie.soups import StateEmbedder, average_states, greedy_soup, interpolate_states, save_soup, sweep_alpha
 from guie.splits import load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
@@ -71,24 +72,24 @@ from guie.towers import TowerSpec, load_image_tower
 from guie.training import fit
 
 __all__ = [
-    'scratch_folder',
     'table',
-    'AUGMENTATIONS', 'ImageDataset', 'read_image',
+    'ImageDataset', 'read_image',
     'Config',
     'DATASETS', 'list_images', 'read_dataset',
     'load_data', 'select_classes',
     'adaptive_margins', 'arcface_loss',
-    'concatenate', 'fit_pca', 'l2_normalise', 'project', 'random_projection',
+    'concatenate', 'fit_pca', 'l2_normalise', 'random_projection',
     'mean_precision_at_5', 'nearest_neighbours', 'precision_at_5',
-    'gain_table', 'paired_bootstrap', 'save_scores', 'score_table', 'scores_by_domain',
+    'gain_table', 'paired_bootstrap', 'score_table', 'scores_by_domain',
     'TowerSpec', 'load_image_tower',
     'load_text_tower', 'read_vocabulary', 'text_vectors',
-    'Embedder', 'SubcenterHead', 'group_table', 'new_model', 'param_groups', 'resize',
-    'find_ingredients', 'list_runs', 'load_run', 'open_checkpoint', 'save_run',
+    'Embedder', 'SubcenterHead', 'group_table', 'new_model', 'param_groups',
+    'find_ingredients', 'load_run', 'open_checkpoint', 'save_run',
     'embed', 'embed_all',
+    'list_runs', 'save_ensemble', 'save_results',
     'training_plan',
     'fit',
-    'RECIPES', 'follow_recipe', 'train',
+    'RECIPES', 'train',
     'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
     'begin_run', 'begin_soups', 'begin_zero_shot',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',

@@ -33,6 +33,9 @@ import own_images  # noqa: E402
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
 from guie.files import write_text  # noqa: E402
+from guie.model import resize  # noqa: E402
+from guie.projection import project  # noqa: E402
+from guie.recipes import follow_recipe  # noqa: E402
 from guie.splits import Splits  # noqa: E402
 
 WORLDS = {'emoji': ('emoji', 'miniature'), 'miniature': ('own images', 'miniature'),
@@ -70,7 +73,7 @@ def evaluate(model, splits, folder, test_time):
     models, tower = {'': model}, model.tower
     if isinstance(tower, VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
         models['overlap'] = copy.deepcopy(model)
-        utilities.resize(models['overlap'], model.spec.image_size, .5)
+        resize(models['overlap'], model.spec.image_size, .5)
     if test_time:
         models['test-time'] = utilities.Submission([model], flip=True, sizes=(1, 1.5))
         models['test-time'].spec = replace(model.spec, image_size=model.spec.image_size * 3 // 2)
@@ -82,7 +85,7 @@ def evaluate(model, splits, folder, test_time):
         wide, narrow = utilities.score_table('', '', vectors, splits)['mp5']
         chosen = utilities.score_table('', '', vectors, splits, dims=(64,), split='selection_')['mp5'][0]
         scores.append({'after': after} | dict(zip(SCORES, (chosen, wide, narrow))))
-        query, index = utilities.project(vectors)
+        query, index = project(vectors)
         precisions[f'd64 {after}'] = utilities.precision_at_5(query, labels[0], index, labels[1])
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / 'precisions.npz', label=np.array(list(map(str, labels[0]))), **precisions)
@@ -97,7 +100,7 @@ def run(config, recipe, seed, splits, folder, test_time):
     else:
         name, *changes = recipe.split(',')
         changes = {field: json.loads(value) for field, value in (change.split('=') for change in changes)}
-        config = utilities.follow_recipe(config.override(seed=seed, head_seed=seed), name).override(**changes)
+        config = follow_recipe(config.override(seed=seed, head_seed=seed), name).override(**changes)
         shutil.rmtree(folder, ignore_errors=True)
         model = utilities.train(config, splits, folder)
         shutil.rmtree(folder / 'state')

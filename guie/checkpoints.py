@@ -5,7 +5,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from safetensors.torch import save_file
 from torch import nn
@@ -13,17 +12,22 @@ from torch import nn
 from guie.config import PUBLISHED, Config
 from guie.errors import InputError, MissingError
 from guie.files import ATTACHED, attached_folders, literal, state_hash, user_path, whole_file
-from guie.model import Embedder, SubcenterHead
+from guie.model import Embedder, Ensemble, SubcenterHead
 from guie.towers import TowerSpec, build_tower, load_image_tower, resize_tower, unloaded_tower
 from guie.weights import OF_A_FOLDER, load_strictly, our_names, read_weights, weights_file
+
+PROJECTION = 'projection.'  # how the names of its tensors begin in a file
 
 
 class Checkpoint(dict):
     """{name: memory-mapped tensor} of a file of weights, read when used; `metadata` is {str: str}, `path` the file. Without
-    a name given, `runs/none/model.safetensors` is 'none', and any other file has its own name."""
+    a name given, `runs/none/model.safetensors` is 'none', and any other file has its own name. The projection is apart, as
+    {'weight', 'bias'} or None: it is fitted to these weights and neither averaged nor hashed with them."""
 
     def __init__(self, tensors, metadata, path, name=None):
-        super().__init__(tensors)
+        super().__init__((name, tensor) for name, tensor in tensors.items() if not name.startswith(PROJECTION))
+        self.projection = {name.removeprefix(PROJECTION): tensor for name, tensor in tensors.items()
+                           if name.startswith(PROJECTION)} or None
         self.metadata, self.path = metadata, Path(path)
         path = self.path.absolute()
         self.name = name or (path.parent.name if path.name == 'model.safetensors' else path.name)
@@ -86,51 +90,79 @@ def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
 
 
-def load_run(path, tower=None):
-    """The Embedder of a run's folder or file of weights, in evaluation mode.
-    tower: for weights that do not say how they are built (the original authors', or of your own tower); only its
-    architecture and spec are used, on a copy."""
-    checkpoint = open_checkpoint(path, tower)
-    if tower is None and 'spec' not in checkpoint.metadata:
+def save_projection(run, linear):
+    """Adds the nn.Linear to at most 64 numbers that was fitted to a run to its model.safetensors, or replaces the one there;
+    tower, head and metadata stay. FileError if it cannot be written: the file is then as it was."""
+    checkpoint = open_checkpoint(run)
+    tensors = {f'{PROJECTION}{name}': tensor for name, tensor in linear.state_dict().items()}
+    save_state({**checkpoint, **tensors}, checkpoint.path, checkpoint.metadata, overwrite=True)
+
+
+def load_run(path, tower=None, *, dim=64):
+    """The model of a run's folder or file of weights, in evaluation mode: an Embedder, of an ensemble an Ensemble.
+    It gives at most `dim` numbers, by the projection that save_results put into the file; dim None: the head's width.
+    tower: True leaves head and projection out; a tower, for weights that do not say how they are built (the original
+    authors', or of your own tower): only its architecture and spec are used, on a copy."""
+    given = tower if isinstance(tower, nn.Module) else None
+    checkpoint = open_checkpoint(path, given)
+    if checkpoint.metadata.get('method') == 'ensemble':
+        return load_ensemble(checkpoint, tower, dim)
+    if given is None and 'spec' not in checkpoint.metadata:
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     try:
-        model = unloaded_model(checkpoint, tower)
+        model = unloaded_model(checkpoint, given)
     except Exception as error:  # strangers' metadata may hold anything
         raise InputError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
                          f'shapes of head and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this '
                          f'run again, or pass tower=load_image_tower(…).') from error
     load_strictly(model, checkpoint, checkpoint.path)
+    if tower is True:
+        return Embedder(model.tower).eval()
+    width = model.head.embedding.out_features if model.head is not None else model.spec.width
+    model.projection = linear_of(checkpoint, dim, width)
     return model.eval()
 
 
+def load_ensemble(checkpoint, tower, dim):
+    """The Ensemble of save_ensemble; InputError if a member is not the one it was made of, MissingError without it."""
+    if tower is not None:
+        raise InputError(f'{checkpoint.name} is an ensemble of several towers: load one of its members instead.')
+    members, folder = [], checkpoint.path.parent
+    for member in json.loads(checkpoint.metadata['members']):
+        try:
+            run = open_checkpoint(folder / member['run'])
+        except FileNotFoundError as error:
+            raise MissingError(f'{folder} is an ensemble of {member["run"]}, which is not there: keep their folders as they '
+                               f'were, or make the ensemble again.') from error
+        if state_hash(run) != member['hash']:
+            raise InputError(f'{folder} was made of other weights than those in {run.path} now: make the ensemble again.')
+        members.append(load_run(run, dim=None))
+    return Ensemble(members, linear_of(checkpoint, dim, checkpoint.projection['weight'].shape[1])).eval()
+
+
+def linear_of(checkpoint, dim, width):
+    """A checkpoint's projection to at most `dim` columns as an nn.Linear; None for dim None, or if there is none, which is
+    printed."""
+    if dim is None or checkpoint.projection is None:
+        if dim is not None and width > dim:
+            print(f'{checkpoint.name} holds no projection, so its vectors have {width} numbers; save_results adds one.')
+        return None
+    weight, bias = (checkpoint.projection[name][:dim].float() for name in ('weight', 'bias'))
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight)).requires_grad_(False)
+    linear.load_state_dict({'weight': weight, 'bias': bias})
+    return linear
+
+
 def unloaded_model(checkpoint, tower):
-    """An Embedder of the shape that a checkpoint's tensors need, before they are loaded."""
+    """An Embedder of the shape that a checkpoint's tensors need, before they are loaded and without the projection."""
     tower = copy.deepcopy(tower) if tower is not None else build_tower(checkpoint.spec)
-    head = projection = None
+    head = None
     if 'head.embedding.weight' in checkpoint:
         dim, width = checkpoint['head.embedding.weight'].shape
         subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
         head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters,
                              norm='head.norm.running_mean' in checkpoint)
-    if 'projection.weight' in checkpoint:
-        dim, width = checkpoint['projection.weight'].shape
-        projection = nn.Linear(width, dim)
-    return Embedder(tower, head, projection)
-
-
-def list_runs(root):
-    """The runs below a folder, or of a list of Checkpoints: DataFrame run, model_name, image_size, augmentation, seed,
-    epochs, method, mp5 (at dim 64, if scored), hash of the weights."""
-    if isinstance(root, (str, Path)):
-        root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
-    rows = []
-    for checkpoint in sound_checkpoints(root):
-        config = json.loads(checkpoint.metadata.get('config', '{}'))
-        rows.append({'run': checkpoint.name, **{name: config.get(name) for name in (
-            'model_name', 'image_size', 'augmentation', 'seed', 'epochs')},
-            'method': checkpoint.metadata.get('method', 'training'),
-            'mp5': np.nan if (score := checkpoint.score) is None else score, 'hash': state_hash(checkpoint)})
-    return pd.DataFrame(rows)
+    return Embedder(tower, head)
 
 
 def sound_checkpoints(paths):

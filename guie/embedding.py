@@ -12,11 +12,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 
-from guie.checkpoints import load_run, save_run
+from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
 from guie.files import printable, progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
+from guie.model import Ensemble
 from guie.scores import score_table
 from guie.splits import SELECTION, Splits
 
@@ -27,7 +28,14 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
     Launched processes embed a part each, and all return the whole. cache: an .npz file of vectors, paths and a hash of
     weights and normalisation; it is used again if paths and hash agree. known: more such files, only read. Unreadable images
-    count as black ones, and are printed; more than max_unreadable (as in ImageDataset) raise OSError."""
+    count as black ones, and are printed; more than max_unreadable (as in ImageDataset) raise OSError. Each member of an
+    Ensemble reads the images at its own size, and has a cache of its own."""
+    if isinstance(model, Ensemble):
+        options = {'batch_size': batch_size, 'workers': workers, 'desc': desc, 'max_unreadable': max_unreadable}
+        below = lambda file, number: file and of_member(Path(file).parent, number) / Path(file).name
+        parts = [embed(member, frame, cache=below(cache, number), known=[below(file, number) for file in known], **options)
+                 for number, member in enumerate(model.members, start=1)]
+        return joined(model, parts)
     rank, processes = rank_and_world_size()
     caches = [*filter(None, [cache, *known])]
     dataset = ImageDataset(frame, model.spec.image_size, max_unreadable=max_unreadable)
@@ -60,10 +68,24 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     return vectors
 
 
+def of_member(folder, number):
+    """The folder below that keeps the vectors of an ensemble's member; None stays None."""
+    return folder and Path(folder) / f'member-{number}'
+
+
+def joined(model, parts):
+    """The vectors of an Ensemble, float32 (n, dim), from those of its members, arrays (n, d)."""
+    with torch.inference_mode():
+        device = next(model.parameters()).device
+        return model.join([torch.from_numpy(part).to(device) for part in parts]).cpu().numpy()
+
+
 def vectors_hash(model):
-    """16 hex digits of SHA-256 over everything that an Embedder's vectors depend on."""
+    """16 hex digits of SHA-256 over everything that the vectors of an Embedder or Ensemble depend on."""
     numbers = dict(model.named_parameters()) | dict(model.named_buffers())  # mean and std among them
-    spec = json.dumps({name: value for name, value in asdict(model.spec).items() if name != 'pretrained'}).encode()
+    specs = [{name: value for name, value in asdict(part.spec).items() if name != 'pretrained'}
+             for part in (model.members if isinstance(model, Ensemble) else [model])]
+    spec = json.dumps(specs if isinstance(model, Ensemble) else specs[0]).encode()
     return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
@@ -86,6 +108,10 @@ def save_vectors(file, vectors, paths, key):
 def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None):
     """Vectors of several splits, on all GPUs, cached in `folder` if given: {name: float32 (n, dim)}.
     known: a folder that may hold them already, such as an attached run's; it is only read."""
+    if isinstance(model, Ensemble):
+        parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number))
+                 for number, member in enumerate(model.members, start=1)]
+        return {name: joined(model, [part[name] for part in parts]) for name in names}
     processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
     launched = processes > 1 and sum(map(len, images.values())) >= WORTH_LAUNCHING and 'library' in model.spec.architecture
     with tempfile.TemporaryDirectory() as job:
@@ -113,7 +139,8 @@ def selection_score(model, splits):
 
 def main(folder):
     """In a launched process: embeds what embed_all wrote into the folder, together with the others."""
-    model, splits = load_run(folder), Splits.load(Path(folder) / 'splits.csv')
+    projected = open_checkpoint(folder).projection is not None
+    model, splits = load_run(folder, dim=64 if projected else None), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():
         embed(model, splits[name], desc=name, **files)
 

@@ -1,4 +1,4 @@
-"""Model: the head, the Embedder that joins it to a tower, and which parameter learns how fast."""
+"""Model: the head, the Embedder that joins it to a tower, ensembles of them, and which parameter learns how fast."""
 import bisect
 import copy
 import math
@@ -83,6 +83,31 @@ class Embedder(nn.Module):
         """What follows the tower: (n, width) -> (n, dim) of length 1."""
         vectors = F.normalize(self.head.embedding(self.head.norm(features)) if self.head is not None else features)
         return vectors if self.projection is None else F.normalize(self.projection(vectors))
+
+
+class Ensemble(nn.Module):
+    """Several Embedders whose unit vectors are joined and projected together.
+    members: Embedders, each fed at its own spec.image_size. projection: nn.Linear, or None."""
+
+    def __init__(self, members, projection=None):
+        super().__init__()
+        self.members, self.projection = nn.ModuleList(members), projection
+
+    def forward(self, images):
+        """uint8 or float 0..255 (n, 3, H, W) -> float32 (n, dim) of length 1."""
+        return self.join([member(resized(images.type_as(member.mean), member.spec.image_size)) for member in self.members])
+
+    def join(self, parts):
+        """The members' unit vectors, a tensor (n, d) each -> (n, dim) of length 1."""
+        vectors = torch.cat(parts, 1)
+        return F.normalize(vectors if self.projection is None else self.projection(vectors))
+
+
+def resized(images, side):
+    """Float images 0..255 (n, 3, H, W) -> (n, 3, side, side), squashed by antialiased bicubic interpolation.
+    Its curves leave 0..255 and are clipped, as in Pillow, but not rounded: the last digit, which differs between versions of
+    torch, would now and then decide on a whole grey level."""
+    return F.interpolate(images, (side, side), mode='bicubic', antialias=True).clamp(0, 255)
 
 
 def new_model(config, n_classes):

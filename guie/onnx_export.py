@@ -6,13 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from guie.checkpoints import load_run
 from guie.errors import InputError, ProcessError
 from guie.files import reason_of, user_path, whole_file
-from guie.model import Embedder
-from guie.submission import Submission, on_cpu
+from guie.submission import on_cpu, submission_of
 
 PACKAGES = 'onnx', 'onnxscript', 'onnxruntime'
 ONE_FILE = 2**31 - 2**26  # bytes of weights; an ONNX file can hold no 2 GiB
@@ -20,14 +17,13 @@ ONE_FILE = 2**31 - 2**26  # bytes of weights; an ONNX file can hold no 2 GiB
 
 def export_onnx(model, path, *, tolerance=1e-4):
     """Saves a model as ONNX, uint8 (1, 3, height, width) of any size -> float32 (1, dim) of length 1, resizing included.
-    model: Submission, Embedder, or the path of a run. Input `image`, output `vector`. The file's vectors by onnxruntime are
-    compared with the model's on images of several sizes before it is kept; weights of 2 GiB and more are in a second file,
-    <path>.data. ValueError: torch cannot export the model, or the vectors differ by more than the tolerance. RuntimeError: a
-    package is missing. OSError: it cannot be written."""
+    model: the path of a run, soup or ensemble, an Embedder, an Ensemble or a Submission. The file's input is `image`, its
+    output `vector`. Before it is kept, onnxruntime's vectors are compared with the model's on images of several sizes. Weights
+    of 2 GiB and more lie in a second file, <path>.data. ValueError: torch cannot export the model, or the vectors differ by
+    more than the tolerance. RuntimeError: a package is missing. OSError: it cannot be written."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ProcessError(f'ONNX needs {", ".join(missing)}: run `pip install {" ".join(missing)}`.')
-    path, model = user_path(path), model if isinstance(model, nn.Module) else load_run(model)
-    model = on_cpu(Submission([model]) if isinstance(model, Embedder) else model)
+    path, model = user_path(path), on_cpu(submission_of(model))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.onnx-', dir=path.parent) as folder, torch.no_grad():
         file = Path(folder, path.name)  # which names its weights
@@ -56,8 +52,8 @@ def save_onnx(model, file):
     except OSError:
         raise
     except Exception as error:  # the exporter raises almost anything
-        raise InputError(f'torch {torch.__version__} cannot export this model as ONNX ({reason_of(error)}): build that layer '
-                         f'from plain operators, or choose another tower.') from error
+        raise InputError(f'torch {torch.__version__} cannot export this model as ONNX ({reason_of(error)}): build that '
+                         f'layer from plain operators, or choose another tower.') from error
 
 
 def onnx_difference(model, file):

@@ -66,7 +66,7 @@ def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
             train_stage(stage, splits, folder, processes or processes_here(), options)
             done = keep_stage(folder) if folder != run_dir else None
         options |= {'weights': done and str(done), 'epoch': options['epoch'] + stage.epochs}
-    return load_run(run_dir)
+    return load_run(run_dir, dim=None)
 
 
 def train_stage(config, splits, folder, processes, options):

@@ -241,7 +241,7 @@ class StateEmbedder:
     splits: those of the run, to which 'seen' is added, images of trained classes."""
 
     def __init__(self, run, splits):
-        self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run), {}, {}
+        self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run, dim=None), {}, {}
         self.splits = Splits(splits, seen=sample_classes(splits['train']))
 
     @cached_property

@@ -26,7 +26,7 @@ from guie.checkpoints import load_run
 from guie.errors import FileError, InputError, MissingError
 from guie.files import copy_to_kaggle_output, progress_bar, reason_of, user_path, whole_file
 from guie.images import ImageDataset
-from guie.model import Embedder
+from guie.model import Embedder, Ensemble, resized
 from guie.projection import MAX_DIM, project
 from guie.retrieval import mean_precision_at_5
 from guie.splits import sample_objects
@@ -94,7 +94,8 @@ class Submission(nn.Module):
 
     def __init__(self, members, projection=None, *, flip=False, sizes=(1,)):
         super().__init__()
-        members = [member if isinstance(member, nn.Module) else load_run(member) for member in members]
+        dim = 64 if projection is None else None
+        members = [member if isinstance(member, nn.Module) else load_run(member, dim=dim) for member in members]
         self.members = nn.ModuleList(nn.ModuleList(at_size(member, factor) for factor in sizes) for member in members)
         self.projection, self.flip = projection, flip
 
@@ -107,10 +108,7 @@ class Submission(nn.Module):
         """One member's unit vector: the mean over sizes and flips."""
         vectors = []
         for embedder in scales:
-            pixels, side = image.type_as(embedder.mean), embedder.spec.image_size
-            # Bicubic curves leave 0..255 and are clipped, as in Pillow, but not rounded: the last digit,
-            # which differs between versions of torch, would now and then decide on a whole grey level.
-            pixels = F.interpolate(pixels, (side, side), mode='bicubic', antialias=True).clamp(0, 255)
+            pixels = resized(image.type_as(embedder.mean), embedder.spec.image_size)
             vectors += [embedder(pixels), embedder(pixels.flip(3))] if self.flip else [embedder(pixels)]
         return F.normalize(sum(vectors))
 
@@ -202,14 +200,15 @@ def save_traced(model, file):
 
 def export_submission(model, path, *, reference=None, submit=False):
     """Saves submission.zip for the host: `model` as saved_model.pt, TorchScript that PyTorch 1.11 runs.
-    model: Submission, Embedder, or any module uint8 (1, 3, H, W) -> float32 (1, dim <= 64) of length 1. Operators and file
-    version are checked against 1.11's, and the reloaded file against the model (1e-5). reference: a table of images; the
-    first few that can be read are saved with their vectors as reference.npz in the same folder (images uint8 (n, 3, 96, 96),
-    vectors). submit: on Kaggle, also saves it where the competition looks for it. ValueError: a model the host cannot use.
-    OSError: it cannot be written; the old file at `path` stays until the new one is whole."""
+    model: the path of a run, soup or ensemble, an Embedder, an Ensemble, a Submission, or any module uint8 (1, 3, H, W) ->
+    float32 (1, dim <= 64) of length 1. Operators and file version are checked against 1.11's, and the reloaded file against
+    the model (1e-5). reference: a table of images; the first few that can be read are saved with their vectors as
+    reference.npz in the same folder (images uint8 (n, 3, 96, 96), vectors). submit: on Kaggle, also saves it where the
+    competition looks for it. ValueError: a model the host cannot use. OSError: it cannot be written; the old file at `path`
+    stays until the new one is whole."""
     path = user_path(path)
     path = path / 'submission.zip' if path.is_dir() else path
-    model = on_cpu(Submission([model]) if isinstance(model, Embedder) else model)
+    model = on_cpu(submission_of(model))
     with whole_file(path) as beside, tempfile.TemporaryDirectory(prefix='.submission-', dir=path.parent) as folder, \
             torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.jit is deprecated, and the host knows nothing newer
@@ -226,6 +225,14 @@ def export_submission(model, path, *, reference=None, submit=False):
             np.savez(beside, images=images, vectors=vectors)
     if submit:
         copy_to_kaggle_output(path)
+
+
+def submission_of(model):
+    """The module to export: a Submission of a run's path, an Embedder or an Ensemble; any other module is itself."""
+    model = model if isinstance(model, nn.Module) else load_run(model)
+    if isinstance(model, Ensemble):
+        return Submission(model.members, model.projection)
+    return Submission([model]) if isinstance(model, Embedder) else model
 
 
 def reference_images(frame, count=16, size=96):

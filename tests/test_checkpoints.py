@@ -21,7 +21,6 @@ from guie.checkpoints import (
     bare_checkpoints,
     base_state,
     find_ingredients,
-    list_runs,
     load_run,
     open_checkpoint,
     save_run,
@@ -31,6 +30,7 @@ from guie.config import Config
 from guie.embedding import cached_vectors, embed, vectors_hash
 from guie.files import state_hash
 from guie.model import Embedder, SubcenterHead, resize
+from guie.results import list_runs
 from guie.soups import average_states, greedy_soup, save_soup
 from guie.towers import load_image_tower
 

@@ -12,7 +12,7 @@ import torch
 from nbclient import NotebookClient
 from safetensors.torch import save_file
 
-from guie import checkpoints, datasets, embedding, files, plots, scores, splits, submission
+from guie import checkpoints, datasets, embedding, files, plots, results, scores, splits, submission
 from guie.config import Config
 from guie.files import progress_bar
 from tests.worlds import lock_folders
@@ -331,7 +331,7 @@ def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
     checkpoints.save_state({'tower.a': torch.ones(2)}, '~/runs/h_x/model.safetensors')
     for path in ('~/runs/h_x', ' $DATA/runs/h_x/model.safetensors'):
         assert checkpoints.open_checkpoint(path).name == 'h_x'
-    assert len(checkpoints.list_runs('~/runs')) == 1
+    assert len(results.list_runs('~/runs')) == 1
     for towers in (['h'], "['h']", 'h'):
         assert len(checkpoints.find_ingredients('~/runs', towers, search=())['h']) == 1
     architecture = "{'h': {'model_name': 'ViT-S-32-alt', 'pretrained': 'random', 'image_size': 32}}"

@@ -20,7 +20,6 @@ from guie.checkpoints import (
     Checkpoint,
     base_state,
     find_ingredients,
-    list_runs,
     load_run,
     open_checkpoint,
     save_run,
@@ -29,6 +28,7 @@ from guie.checkpoints import (
 from guie.config import Config
 from guie.embedding import embed, embed_all
 from guie.files import file_hash, state_hash
+from guie.results import list_runs
 from guie.retrieval import mean_precision_at_5, precision_at_5
 from guie.scores import intervals
 from guie.soups import (

@@ -6,8 +6,8 @@ from runs import SAVING, before_step, is_one_sentence, press_stop_before, same, 
 
 from guie.begin import begin_run
 from guie.errors import Stopped
-from guie.training import fit
 from guie.trackers import chosen_trackers
+from guie.training import fit
 
 pytest.importorskip('tensorboard', reason='tensorboard is not installed: trackers are untested')
 TRACKED = SAVING.override(tracker='tensorboard')

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
+from guie.projection import project  # noqa: E402
 
 PARTS = ('pca', 'query', 'index')
 
@@ -34,7 +35,7 @@ def models(runs=demo.RUNS):
     soups = [vectors for (stage, _), vectors in found.items() if stage == 'soup']
     found['ensemble', 'both soups'] = {part: utilities.concatenate([soup[part] for soup in soups]) for part in PARTS}
     order = sorted(found, key=lambda key: demo.STAGES.index(key[0]))
-    return {key: utilities.project(found[key]) for key in order}
+    return {key: project(found[key]) for key in order}
 
 
 def save(figure, path):
