@@ -18,9 +18,9 @@ ONE_FILE = 2**31 - 2**26  # bytes of weights; an ONNX file can hold no 2 GiB
 def export_onnx(model, path, *, tolerance=1e-4):
     """Saves a model as ONNX, uint8 (1, 3, height, width) of any size -> float32 (1, dim) of length 1, resizing included.
     model: the path of a run, soup or ensemble, an Embedder, an Ensemble or a Submission. The file's input is `image`, its
-    output `vector`. Before it is kept, onnxruntime's vectors are compared with the model's on images of several sizes. Weights
-    of 2 GiB and more lie in a second file, <path>.data. ValueError: torch cannot export the model, or the vectors differ by
-    more than the tolerance. RuntimeError: a package is missing. OSError: it cannot be written."""
+    output `vector`. Before it is kept, onnxruntime's vectors are compared with the model's on images of several sizes.
+    Weights of 2 GiB and more lie in a second file, <path>.data. ValueError: torch cannot export the model, or the vectors
+    differ by more than the tolerance. RuntimeError: a package is missing. OSError: it cannot be written."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ProcessError(f'ONNX needs {", ".join(missing)}: run `pip install {" ".join(missing)}`.')
     path, model = user_path(path), on_cpu(submission_of(model))
