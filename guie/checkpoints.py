@@ -111,33 +111,42 @@ def load_run(path, tower=None, *, dim=64):
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
     try:
         model = unloaded_model(checkpoint, given)
+        width = model.head.embedding.out_features if model.head is not None else model.spec.width
+        projection = linear_of(checkpoint, None if tower is True else dim, width)
     except Exception as error:  # strangers' metadata may hold anything
-        raise InputError(f'{checkpoint.path} cannot be built from what it says of itself (metadata spec and config, the '
-                         f'shapes of head and projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this '
-                         f'run again, or pass tower=load_image_tower(…).') from error
+        raise not_built(checkpoint, error) from error
     load_strictly(model, checkpoint, checkpoint.path)
-    if tower is True:
-        return Embedder(model.tower).eval()
-    width = model.head.embedding.out_features if model.head is not None else model.spec.width
-    model.projection = linear_of(checkpoint, dim, width)
-    return model.eval()
+    return Embedder(model.tower, None if tower is True else model.head, projection).eval()
+
+
+def not_built(checkpoint, error):
+    """The InputError of a file whose own words do not fit its tensors."""
+    return InputError(f'{checkpoint.path} cannot be built from what it says of itself (its metadata, the shapes of head and '
+                      f'projection; {type(error).__name__}: {str(error).splitlines()[0]}): save this run again, or pass '
+                      f'tower=load_image_tower(…).')
 
 
 def load_ensemble(checkpoint, tower, dim):
     """The Ensemble of save_ensemble; InputError if a member is not the one it was made of, MissingError without it."""
     if tower is not None:
         raise InputError(f'{checkpoint.name} is an ensemble of several towers: load one of its members instead.')
-    members, folder = [], checkpoint.path.parent
-    for member in json.loads(checkpoint.metadata['members']):
+    folder = checkpoint.path.parent
+    try:
+        told = [(folder / member['run'], member['hash']) for member in json.loads(checkpoint.metadata['members'])]
+        projection = linear_of(checkpoint, dim, checkpoint.projection['weight'].shape[1])
+    except Exception as error:
+        raise not_built(checkpoint, error) from error
+    members = []
+    for path, code in told:
         try:
-            run = open_checkpoint(folder / member['run'])
+            run = open_checkpoint(path)
         except FileNotFoundError as error:
-            raise MissingError(f'{folder} is an ensemble of {member["run"]}, which is not there: keep their folders as they '
-                               f'were, or make the ensemble again.') from error
-        if state_hash(run) != member['hash']:
+            raise MissingError(f'{folder} is an ensemble of {path}, which is not there: keep their folders as they were, or '
+                               f'make the ensemble again.') from error
+        if state_hash(run) != code:
             raise InputError(f'{folder} was made of other weights than those in {run.path} now: make the ensemble again.')
         members.append(load_run(run, dim=None))
-    return Ensemble(members, linear_of(checkpoint, dim, checkpoint.projection['weight'].shape[1])).eval()
+    return Ensemble(members, projection).eval()
 
 
 def linear_of(checkpoint, dim, width):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from guie.checkpoints import PROJECTION, open_checkpoint, save_projection, save_state, sound_checkpoints
+from guie.config import present_names
 from guie.datasets import any_names
 from guie.errors import InputError, MissingError
 from guie.files import state_hash, user_path, whole_file
@@ -107,15 +108,38 @@ def list_runs(root):
 
 def row_of(checkpoint):
     """A row of list_runs."""
-    told, config = checkpoint.metadata, json.loads(checkpoint.metadata.get('config', '{}'))
+    told, score, (low, high) = settings_of(checkpoint), checkpoint.score, interval_of(checkpoint)
+    return {'run': checkpoint.name, **{name: told.get(name) for name in (
+        'method', 'model_name', 'image_size', 'augmentation', 'seed', 'epochs', 'ingredients')},
+        'mp5': math.nan if score is None else score, 'low': low, 'high': high,
+        'hash': state_hash(checkpoint or checkpoint.projection)}
+
+
+def settings_of(run):
+    """What a run was made of: {'method': how, 'ingredients': the names of a soup's, or of an ensemble's members, and each
+    field of Config: value}; without what differs between ingredients, augmentation and seed, if it has some."""
+    told = open_checkpoint(run).metadata
     parts = ([part['name'] for part in json.loads(told['members'])] if 'members' in told
              else [part['run'] for part in json.loads(told.get('ingredients', '[]'))])
-    low, high = interval_of(checkpoint)
-    return {'run': checkpoint.name, 'method': told.get('method', 'training'),
-            **{name: config.get(name) for name in ('model_name', 'image_size')},
-            **{name: None if parts else config.get(name) for name in ('augmentation', 'seed', 'epochs')},
-            'ingredients': ', '.join(parts) or None, 'mp5': math.nan if (score := checkpoint.score) is None else score,
-            'low': low, 'high': high, 'hash': state_hash(checkpoint or checkpoint.projection)}
+    config = present_names(json.loads(told.get('config', '{}')))
+    if parts:
+        config = {name: value for name, value in config.items() if name not in ('augmentation', 'seed')}
+    return {'method': told.get('method', 'training')} | ({'ingredients': ', '.join(parts)} if parts else {}) | config
+
+
+def shared_queries(first, second):
+    """Positions of the queries that two tables share, as two arrays int64 of one length.
+    Rows are the same query if path and label agree; if none do, since data sets are mounted in different folders, if label
+    and file name do. Equal rows are matched in order."""
+    for by_path in (True, False):
+        keys = [[(path if by_path else os.path.basename(path), label) for path, label in zip(table['path'], table['label'])]
+                for table in (first, second)]
+        tables = [pd.DataFrame({'key': key, 'row': range(len(key))}) for key in keys]
+        tables = [table.assign(again=table.groupby('key').cumcount()) for table in tables]
+        both = tables[0].merge(tables[1], on=['key', 'again'])
+        if len(both):
+            break
+    return both['row_x'].to_numpy(int), both['row_y'].to_numpy(int)
 
 
 def interval_of(checkpoint):

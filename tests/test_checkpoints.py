@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from runs import CONFIG, contents, is_one_sentence, new_model, same, weights
+from runs import CONFIG, contents, is_one_sentence, new_model, same
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
@@ -330,21 +329,6 @@ def test_a_run_loads_again_with_its_vectors_and_cosines(tmp_path, changes):
         for classify in (False, True):
             assert torch.equal(loaded(images, classify), model(images, classify))
     assert loaded.spec == model.spec and not loaded.training
-
-
-def test_runs_are_listed_by_name_with_their_settings_score_and_hash_and_without_their_states(tmp_path):
-    for name, seed in (('b', 5), ('a', 6)):
-        save_run(tmp_path / 'runs' / name, new_model(CONFIG.override(head_seed=seed)), CONFIG.override(seed=seed))
-        (tmp_path / 'runs' / name / 'state/step-1').mkdir(parents=True)
-        shutil.copy(tmp_path / 'runs' / name / 'model.safetensors', tmp_path / 'runs' / name / 'state/step-1')
-    (tmp_path / 'runs/a/scores.csv').write_text('stage,dim,mp5\ningredient,64,.5\n')
-    table = list_runs(tmp_path)
-    assert table.columns.tolist() == [
-        'run', 'model_name', 'image_size', 'augmentation', 'seed', 'epochs', 'method', 'mp5', 'hash']
-    assert table[['run', 'seed', 'epochs', 'method']].values.tolist() == [['a', 6, 3, 'training'], ['b', 5, 3, 'training']]
-    assert table['mp5'].tolist()[0] == .5 and np.isnan(table['mp5'].tolist()[1])
-    assert table['hash'].tolist() == [state_hash(weights(tmp_path / 'runs' / name)) for name in 'ab']
-    assert list_runs([open_checkpoint(tmp_path / 'runs/b'), tmp_path / 'runs/a'])['run'].tolist() == ['b', 'a']
 
 
 # Ingredients
