@@ -1,14 +1,12 @@
 """ONNX: a run or a submission as one file for onnxruntime, other languages and other hardware."""
 import os
-import tempfile
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from guie.errors import InputError, ProcessError
-from guie.files import reason_of, user_path, whole_file
+from guie.files import folder_beside, reason_of, user_path, whole_file
 from guie.submission import on_cpu, submission_of
 
 PACKAGES = 'onnx', 'onnxscript', 'onnxruntime'
@@ -24,16 +22,15 @@ def export_onnx(model, path, *, tolerance=1e-4):
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ProcessError(f'ONNX needs {", ".join(missing)}: run `pip install {" ".join(missing)}`.')
     path, model = user_path(path), on_cpu(submission_of(model))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.onnx-', dir=path.parent) as folder, torch.no_grad():
-        file = Path(folder, path.name)  # which names its weights
+    with folder_beside(path) as folder, torch.no_grad():
+        file = folder / path.name  # which names its weights
         save_onnx(model, file)
         dim, worst = onnx_difference(model, file)
         if not worst <= tolerance:
             raise InputError(f'The ONNX file differs from the model by {worst:.1g}, more than {tolerance:g}: its forward '
                              f'decides by values or sizes, which an export freezes.')
-        size = sum(part.stat().st_size for part in file.parent.iterdir())
-        for part in sorted(file.parent.iterdir(), reverse=True):  # the weights first
+        size = sum(part.stat().st_size for part in folder.iterdir())
+        for part in sorted(folder.iterdir(), reverse=True):  # the weights first
             with whole_file(path.with_name(part.name)) as beside:
                 part.replace(beside)
     print(f'{path}: {size / 2**20:.1f} MB, {dim} dimensions, within {worst:.1g} of the model in onnxruntime.')
