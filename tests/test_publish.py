@@ -141,12 +141,12 @@ def test_timm_alone_gives_the_towers_vectors(runs, published):
 
 @pytest.mark.parametrize('name, side', [('clip', 32), ('timm', 48), ('both', None)])
 def test_the_code_of_the_card_gives_the_runs_own_vector(runs, published, monkeypatch, tmp_path, name, side):
-    """At the side of the tower, exactly; at another one, up to how two libraries resize."""
+    """Of a square of the tower's side exactly; of any other image up to how two libraries resize."""
     folder = tmp_path / name
     shutil.copytree(published[name], folder)
     monkeypatch.chdir(folder)
     for pixels in filter(None, (side, 200)):
-        save_image(random_image(pixels) if pixels == side else np.repeat(np.repeat(random_image(10), 20, 0), 20, 1))
+        save_image(random_image(pixels) if pixels == side else np.repeat(np.repeat(random_image(10), 20, 0), 40, 1))
         exec(snippet(folder), made := {})
         expected = embed(load_run(runs / name), IMAGE)
         assert made['vector'].shape == expected.shape == (1, {'clip': 32, 'timm': 32, 'both': 12}[name])
@@ -326,6 +326,14 @@ def test_members_of_equal_names_have_folders_of_their_own(runs, tmp_path, splits
     folder = publish(tmp_path / 'both', tmp_path / 'out', text=False)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {'soup_1', 'soup_2'}
     assert np.array_equal(embed(load_run(folder), splits['query']), embed(load_run(tmp_path / 'both'), splits['query']))
+
+
+def test_an_ensemble_whose_member_is_gone_is_told_as_that(runs, tmp_path):
+    (tmp_path / 'both').mkdir()
+    shutil.copyfile(runs / 'both/model.safetensors', tmp_path / 'both/model.safetensors')
+    with pytest.raises(FileNotFoundError, match='is an ensemble of .*clip, which is not there') as error:
+        publish(tmp_path / 'both', tmp_path / 'out')
+    assert is_one_sentence(error) and not (tmp_path / 'out').exists()
 
 
 def test_the_card_of_an_ensemble_names_its_members_and_theirs_are_there(runs, published):

@@ -83,6 +83,13 @@ def test_the_tracker_may_differ_between_the_sessions_of_a_run(train, tmp_path, m
     assert steps_shown(tmp_path / 'run') == [3, 4]
 
 
+@pytest.mark.parametrize('run', ['two', 'sharded'])
+def test_of_two_processes_one_logs_and_they_stay_connected(launched, run):
+    assert steps_shown(launched / run) == list(range(1, 13))
+    check_shown(launched / run)
+    assert (launched / 'half-sharded/model.safetensors').exists()  # what they trained afterwards
+
+
 @pytest.mark.parametrize('names', ['tensorbord', 'tensorboard, mystery', 'mystery'])
 def test_a_tracker_that_is_not_installed_is_one_sentence_before_anything_is_written(train, tmp_path, names):
     config = SAVING.override(tracker=names)
