@@ -95,12 +95,12 @@ def test_a_card_holds_what_was_recorded(tmp_path):
 
 
 def test_the_hub_reads_its_metadata(tmp_path):
-    save_run(tmp_path / '苹果: "run"', new_model(), CONFIG, data='7 images of 3 classes (2 products-10k, 1 my own), hash 01')
-    write_queries(tmp_path / '苹果: "run"', [1., .6], ['a', 'b'], ['x: y', 'x: y'])
-    text = card(open_checkpoint(tmp_path / '苹果: "run"'), licence='cc-by-sa-4.0')
+    save_run(tmp_path / '苹果🍎: "run"', new_model(), CONFIG, data='7 images of 3 classes (2 products-10k, 1 my own), hash 01')
+    write_queries(tmp_path / '苹果🍎: "run"', [1., .6], ['a', 'b'], ['x: y', 'x: y'])
+    text = card(open_checkpoint(tmp_path / '苹果🍎: "run"'), licence='cc-by-sa-4.0')
     read = ModelCard(text).data
     assert (read.library_name, read.license, read.pipeline_tag) == ('open_clip', 'cc-by-sa-4.0', 'image-feature-extraction')
-    assert read.model_name == '苹果: "run"' and read.datasets == ['products-10k']
+    assert read.model_name == '苹果🍎: "run"' and read.datasets == ['products-10k']
     result, = read.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ('mP@5', .8, 'all')
     assert 'base_model' not in read.to_dict()
