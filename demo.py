@@ -344,7 +344,8 @@ def collect(folder=RUNS):
     """results.csv in `folder` from the scores that the notebooks wrote: stage, model, dim, mp5, seconds."""
     files = [folder / 'zero_shot' / 'scores.csv', *(folder / run_name(*one) / 'scores.csv' for one in INGREDIENTS),
              folder / 'soup_scores.csv']
-    results = pd.concat([pd.read_csv(file) for file in files if file.exists()])
+    columns = ['stage', 'model', 'dim', 'mp5', 'seconds']
+    results = pd.concat([pd.read_csv(file)[columns] for file in files if file.exists()])
     results = results.drop_duplicates(['stage', 'model', 'dim'])
     results = results.sort_values('stage', key=lambda stage: stage.map(STAGES.index), kind='stable')
     results.to_csv(folder / 'results.csv', index=False)

@@ -35,11 +35,13 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     cells        images with frames and names in a figure
     pictures     what is searched, and queries beside their neighbours
     maps         how alike vectors are, and images on a plane
+    comparison   two runs side by side
     plots        curves and bars
 
 training uses two more rooms, which come before it: sharding and resume."""
 from guie.begin import begin_run, begin_soups, begin_zero_shot
 from guie.checkpoints import find_ingredients, load_run, open_checkpoint, save_run
+from guie.comparison import compare
 from guie.config import Config
 from guie.datasets import DATASETS, list_images, read_dataset
 from guie.embedding import embed, embed_all
@@ -55,7 +57,6 @@ from guie.plots import (
     plot_logs,
     plot_margins,
     plot_scores,
-    plot_variance,
     plot_wise,
 )
 from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
@@ -95,5 +96,6 @@ __all__ = [
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
     'compare_neighbours', 'show_augmentation', 'show_neighbours', 'show_objects',
     'plot_similarities', 'show_map',
-    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_variance', 'plot_wise',
+    'compare',
+    'plot_basin', 'plot_dimensions', 'plot_logs', 'plot_margins', 'plot_scores', 'plot_wise',
 ]

@@ -8,7 +8,7 @@ from guie.datasets import list_images
 from guie.distributed import processes_here
 from guie.errors import InputError
 from guie.estimate import device_in_words, forward_cost, in_words, matmul_rate, training_cost
-from guie.files import check_writable, did_you_mean, printable, user_path
+from guie.files import check_writable, did_you_mean, printable, scratch_folder, user_path
 from guie.recipes import follow_recipe, stage_folders
 from guie.resume import refuse_other_config
 from guie.soups import data_of
@@ -68,16 +68,16 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
 
 
 def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='runs'):
-    """(ingredients, splits, soup folder) of the soup notebook.
+    """(ingredients, splits, soup folder, scratch folder) of the soup notebook.
     out_dir: the folder of the runs; None is `home`, where soups of your own data get a subfolder with its name. Other
-    arguments: as in find_ingredients."""
+    arguments: as in find_ingredients. What is only compared belongs into the scratch folder: see scratch_folder."""
     sources, runs = data_sources(data), user_path(out_dir or home)
     ingredients, splits = data_of(find_ingredients(runs, towers, files, architectures), sources)
     folder = runs if out_dir else runs / splits.name
     check_writable(folder)
     say_plan(splits, {tower: found[0].config for tower, found in ingredients.items()}, folder,
              passes=3 + max(map(len, ingredients.values())))
-    return ingredients, splits, folder
+    return ingredients, splits, folder, scratch_folder(folder)
 
 
 def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home='runs', **choices):

@@ -82,11 +82,14 @@ def save_state(tensors, path, metadata=None, *, overwrite=False):
         beside.chmod(mode)
 
 
-def save_run(run_dir, model, config, *, state=None, file='model.safetensors', **facts):
+def save_run(run_dir, model, config=None, *, method=None, state=None, file='model.safetensors', **facts):
     """Saves tower, head and projection as run_dir/file, with all that is needed to load them again.
-    state: the model's tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
-    metadata = {'spec': json.dumps(asdict(model.spec)), 'config': json.dumps(asdict(config)),
-                **{name: json.dumps(value) for name, value in facts.items()}}
+    config: None says which tower it is, and nothing else. method: how it was made, if not by training. state: the model's
+    tensors by name, for a sharded model. facts: more metadata, stored as JSON."""
+    spec = asdict(model.spec)
+    tower = {name: spec[name] for name in ('model_name', 'pretrained', 'image_size')}
+    metadata = {'spec': json.dumps(spec), 'config': json.dumps(asdict(config) if config else tower),
+                **({'method': method} if method else {}), **{name: json.dumps(value) for name, value in facts.items()}}
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
 
 

@@ -121,14 +121,19 @@ def sample_images(splits, most, rng):
     return table.iloc[np.lexsort([rank[table['object']], ~queried, table.groupby('object').cumcount() // 5])[:most]]
 
 
-def on_plane(points, seed):
-    """float (n, d) -> (n, 2), both columns from 0 to 1."""
+def enough_for_tsne(points):
+    """Whether points (n, d) are enough for a t-SNE: ten different ones, of two columns."""
+    return len(np.unique(points, axis=0)) >= 10 and points.shape[1] >= 2
+
+
+def on_plane(points, seed, tsne=True):
+    """float (n, d) -> (n, 2), both columns from 0 to 1; by PCA without `tsne`, or where the points are too few for it."""
     from sklearn.manifold import TSNE  # takes a second to import
     from threadpoolctl import threadpool_limits
 
     points = points - points[0]  # equal rows become 0
     points = points - points.mean(0)
-    if len(np.unique(points, axis=0)) < 10 or points.shape[1] < 2:
+    if not tsne or not enough_for_tsne(points):
         left, scale, _ = np.linalg.svd(points, full_matrices=False)
         plane = np.pad(left * scale, ((0, 0), (0, 2)))[:, :2]
     else:

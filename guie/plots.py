@@ -112,17 +112,6 @@ def plot_dimensions(curves):
     legend_below(figure, lines, curves)
 
 
-def plot_variance(vectors, dim):
-    """Share of the variance that the first dimensions hold, with a line at `dim`."""
-    spectrum = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
-    share = np.cumsum(spectrum) / spectrum.sum()
-    figure, axis = plt.subplots(figsize=(5.5, 2.8), layout='constrained')
-    axis.plot(np.arange(1, len(share) + 1), share)
-    axis.axvline(dim, color='grey', linestyle=':')
-    axis.set(xlabel='dimensions', ylabel='explained variance', ylim=(0, 1.02),
-             title=f'{dim} dimensions hold {share[min(dim, len(share)) - 1]:.0%}')
-
-
 def plot_scores(scores):
     """A bar for each row of a score_table, coloured by stage, with a line from low to high if it has them."""
     names, places, ends = scores['model'].astype(str), np.arange(len(scores)), scores['mp5'].to_numpy()

@@ -26,8 +26,9 @@ def save_results(run_dir, scores, vectors, splits, projection=None):
     projection to at most 64 numbers into its model.safetensors.
     scores: a score_table. vectors: of embed_all, at the model's full width. splits: their images. projection: a Projection
     (None: the PCA of vectors['pca'] that score_table takes). queries.csv has a row a never-seen query: path, label, domain,
-    precision (empty where the index shows none of its object), and path, label and distance of its five nearest index
-    images. vectors.npz holds what explore maps: query and index, float16 (n, dim). OSError if the disk refuses."""
+    precision (empty where the index shows none of its object), relevant (index images of its object), and path, label and
+    distance of its five nearest index images. vectors.npz holds what explore maps: query and index, float16 (n, dim).
+    OSError if the disk refuses."""
     run_dir = user_path(run_dir)
     save_scores(scores, run_dir / 'scores.csv')
     projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca']))
@@ -44,6 +45,7 @@ def query_table(query, index, splits):
     """queries.csv of vectors (q, d) and (n, d) of the query and index images: see save_results."""
     table = splits['query'][['path', 'label', 'domain']].reset_index(drop=True)
     table['precision'] = precision_at_5(query, table['label'], index, splits['index']['label'])
+    table['relevant'] = table['label'].map(splits['index']['label'].value_counts()).fillna(0).astype(int)
     near = min(NEAREST, len(index))
     distances, places = nearest_neighbours(query, index, near)
     for rank in range(NEAREST):
@@ -58,7 +60,7 @@ def query_table(query, index, splits):
 def read_queries(run):
     """queries.csv of a run's folder: DataFrame as in save_results. MissingError without one; InputError for another file."""
     file = user_path(run) / 'queries.csv'
-    numbers = ['precision', *(f'distance_{rank + 1}' for rank in range(NEAREST))]
+    numbers = ['precision', 'relevant', *(f'distance_{rank + 1}' for rank in range(NEAREST))]
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
         return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
@@ -103,7 +105,8 @@ def list_runs(root):
     dimensions, if scored), low, high (ends of its 95 % interval, if queries.csv is there) and hash of the weights."""
     if isinstance(root, (str, Path)):
         root = [file for file in sorted(user_path(root).glob('**/model.safetensors')) if file.parent.parent.name != 'state']
-    return pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    table = pd.DataFrame([row_of(checkpoint) for checkpoint in sound_checkpoints(root)])
+    return table.astype({name: 'Int64' for name in ('image_size', 'seed', 'epochs') if name in table})  # some have none
 
 
 def row_of(checkpoint):

@@ -79,7 +79,7 @@ def test_soups_of_ones_own_data_have_a_folder_of_their_own_but_where_one_is_give
     monkeypatch.chdir(tmp_path)
     config = CONFIG.override(model_name=f'local-dir:{demo.MEDIA}/miniature')
     save_run(tmp_path / (out_dir or 'runs') / 'vit_h_224_none_pets', new_model(config, 3), config)
-    ingredients, splits, folder = begin_soups(str(pets), out_dir, ['vit_h_224'])
+    ingredients, splits, folder, _ = begin_soups(str(pets), out_dir, ['vit_h_224'])
     assert [run.name for run in ingredients['vit_h_224']] == ['vit_h_224_none_pets'] and splits.name == 'pets'
     assert str(folder) == (out_dir or 'runs/pets')
 

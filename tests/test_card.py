@@ -55,7 +55,7 @@ def facts_of(text, title='What is recorded'):
 
 def write_queries(folder, precisions, labels, domains):
     """A queries.csv with these columns, as save_results writes it."""
-    table = pd.DataFrame({'path': 'x.jpg', 'label': labels, 'domain': domains, 'precision': precisions})
+    table = pd.DataFrame({'path': 'x.jpg', 'label': labels, 'domain': domains, 'precision': precisions, 'relevant': 5})
     for rank in range(1, 6):
         table[f'path_{rank}'], table[f'label_{rank}'], table[f'distance_{rank}'] = 'y.jpg', 'y', .5
     table.to_csv(folder / 'queries.csv', index=False, errors='surrogateescape')
@@ -95,12 +95,13 @@ def test_a_card_holds_what_was_recorded(tmp_path):
 
 
 def test_the_hub_reads_its_metadata(tmp_path):
-    save_run(tmp_path / '苹果🍎: "run"', new_model(), CONFIG, data='7 images of 3 classes (2 products-10k, 1 my own), hash 01')
-    write_queries(tmp_path / '苹果🍎: "run"', [1., .6], ['a', 'b'], ['x: y', 'x: y'])
-    text = card(open_checkpoint(tmp_path / '苹果🍎: "run"'), licence='cc-by-sa-4.0')
+    run = tmp_path / '苹果🍎: "run"'
+    save_run(run, new_model(), CONFIG, data='7 images of 3 classes (2 products-10k, 1 my own), hash 01')
+    write_queries(run, [1., .6], ['a', 'b'], ['x: y', 'x: y'])
+    text = card(open_checkpoint(run), licence='cc-by-sa-4.0')
     read = ModelCard(text).data
     assert (read.library_name, read.license, read.pipeline_tag) == ('open_clip', 'cc-by-sa-4.0', 'image-feature-extraction')
-    assert read.model_name == '苹果🍎: "run"' and read.datasets == ['products-10k']
+    assert read.model_name == run.name and read.datasets == ['products-10k']
     result, = read.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ('mP@5', .8, 'all')
     assert 'base_model' not in read.to_dict()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ['errors', 'packages', 'files', 'inputs', 'tables', 'distributed', 'weights', 'images', 'listing', 'config',
          'datasets', 'sources', 'splits', 'losses', 'projection', 'retrieval', 'scores', 'towers', 'text', 'model',
          'checkpoints', 'embedding', 'results', 'memory', 'estimate', 'sharding', 'resume', 'trackers', 'training',
-         'recipes', 'soups', 'begin', 'submission', 'onnx_export', 'card', 'publish', 'cells', 'pictures', 'maps', 'plots']
+         'recipes', 'soups', 'begin', 'submission', 'onnx_export', 'card', 'publish', 'cells', 'pictures', 'maps',
+         'comparison', 'plots', 'thumbnails', 'explore']
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
+from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 from guie import maps
@@ -201,3 +202,13 @@ def test_an_unreadable_image_of_a_map_is_black_marked_at_its_place_and_named(sea
     assert cross.get_text() == '×' and np.allclose(cross.get_position(), (np.mean(black[:2]), np.mean(black[2:])))
     assert cross.get_transform() == axis.transAxes and axis.get_xlim() == axis.get_ylim() == (0, 1)
     assert capsys.readouterr().out.startswith('1 images of this figure could not be read, first /none/\\udcff.jpg; ')
+
+
+def test_a_plane_without_tsne_is_the_pca_and_so_is_one_of_few_points():
+    points = np.random.default_rng(0).standard_normal((40, 6)) * [5, 3, 1, 1, 1, 1]
+    for rows, tsne in ((points, False), (points[:9], True)):
+        assert maps.enough_for_tsne(rows) != tsne
+        plane, known = maps.on_plane(rows, 5, tsne), PCA(2).fit_transform(rows)
+        for column in (0, 1):
+            assert abs(np.corrcoef(plane[:, column], known[:, column])[0, 1]) > 1 - 1e-9
+        assert np.allclose([plane.min(0), plane.max(0)], [[0, 0], [1, 1]])

@@ -148,13 +148,6 @@ def test_dimensions_are_the_ticks_of_their_curves():
     assert '95 % interval' in plt.gca().get_ylabel() and '95 %' not in axis.get_ylabel()
 
 
-def test_the_variance_of_some_dimensions_is_named():
-    rows = np.array([[3., 0, 0], [-3, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 1], [0, 0, -1]]) + 7
-    plots.plot_variance(rows, 2)
-    assert np.allclose(plt.gca().lines[0].get_ydata(), [9 / 14, 13 / 14, 1])
-    assert plt.gca().get_title() == '2 dimensions hold 93%'
-
-
 def test_scores_are_bars_coloured_by_stage():
     scores = pd.DataFrame({'model': ['a', 'b'], 'stage': ['ingredient', 'soup'], 'mp5': [.25, .5]})
     plots.plot_scores(scores)

@@ -90,6 +90,7 @@ def test_queries_csv_has_each_query_with_its_five_nearest(finished, splits):
     assert table['label'].tolist() == splits['query']['label'].tolist() and set(table['domain']) == {'emoji'}
     expected = precisions_of(vectors['b'], splits)
     assert np.isnan(expected[2]) and np.allclose(table['precision'], expected, equal_nan=True)
+    assert table['relevant'].tolist() == [5, 5, 0, 5, 5, 5]
     apart = np.sqrt(((query[:, None].astype(float) - index[None]) ** 2).sum(2))
     for row, distances in enumerate(apart):
         nearest = np.argsort(distances, kind='stable')[:5]
@@ -210,7 +211,8 @@ def test_a_run_without_projection_says_so(tmp_path, capsys):
     (None, FileNotFoundError, 'has no queries.csv: run its notebook again'),
     ('', ValueError, 'is not a table of save_results'),
     ('a,b\n1,2\n', ValueError, "is not a table of save_results .*precision"),
-    ('precision,' + ','.join(f'distance_{n}' for n in range(1, 6)) + '\nhigh,1,1,1,1,1\n', ValueError, 'is not a table')])
+    (f'precision,relevant,{",".join(f"distance_{n}" for n in range(1, 6))}\nhigh,1,1,1,1,1,1\n', ValueError,
+     'is not a table')])
 def test_queries_that_cannot_be_read_are_one_sentence(tmp_path, text, error, words):
     if text is not None:
         (tmp_path / 'queries.csv').write_text(text)
