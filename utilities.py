@@ -27,11 +27,15 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     results      a run's scores, queries and projection; tables of runs
     memory       memory and disk that a run needs, before it starts
     estimate     about how long towers will take
+    trackers     a run's numbers in TensorBoard, W&B and others
     training     the loop
     recipes      what other places and papers changed; training in stages
     soups        averages of weights
     begin        a notebook's parameters to settings, data and folders
     submission   the file for PyTorch 1.11, and its replay
+    onnx_export  the same for ONNX runtimes
+    card         a model card of recorded facts
+    publish      a run as a folder for open_clip or timm
     cells        images with frames and names in a figure
     pictures     what is searched, and queries beside their neighbours
     maps         how alike vectors are, and images on a plane
@@ -55,6 +59,7 @@ from guie.losses import adaptive_margins, arcface_loss
 from guie.maps import plot_similarities, show_map
 from guie.memory import training_plan
 from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups
+from guie.onnx_export import export_onnx
 from guie.pictures import compare_neighbours, show_augmentation, show_neighbours, show_objects
 from guie.plots import (
     plot_basin,
@@ -65,6 +70,7 @@ from guie.plots import (
     plot_wise,
 )
 from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
+from guie.publish import publish
 from guie.recipes import RECIPES, train
 from guie.results import list_runs, save_ensemble, save_results
 from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
@@ -100,6 +106,7 @@ __all__ = [
     'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',
     'begin_run', 'begin_soups', 'begin_zero_shot',
     'Submission', 'evaluate_submission', 'export_submission', 'replay_submission',
+    'export_onnx', 'publish',
     'compare_neighbours', 'show_augmentation', 'show_neighbours', 'show_objects',
     'plot_similarities', 'show_map',
     'compare',

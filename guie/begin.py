@@ -14,6 +14,7 @@ from guie.resume import refuse_other_config
 from guie.soups import data_of
 from guie.sources import data_sources, named
 from guie.splits import load_data
+from guie.trackers import chosen_trackers
 
 SHARE = .5  # towers reach this share of a large matrix product's rate, on two CPU cores as on an H200
 KAGGLE_HOURS = 8.5  # a session lasts 9 (older notices say 12)
@@ -54,9 +55,10 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
     """(configuration after the recipe, splits, run folder) of a training notebook.
     data: as data_sources takes it. The folder's name is `run`, or else the tower's, the augmentation, the recipe and the
     name of your own data. ValueError, before weights are loaded, if it holds a run of another configuration or other
-    images; OSError, before data are read, if out_dir cannot be written."""
+    images, or a tracker that is not installed; OSError, before data are read, if out_dir cannot be written."""
     config, sources = kaggle_limits(follow_recipe(config, recipe)), data_sources(data)
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
+    chosen_trackers(config.tracker)
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
     check_writable(user_path(out_dir))

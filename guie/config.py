@@ -27,7 +27,7 @@ LIMITS = {'image_size': (1, 4096), 'overlap': (0, .9), 'n_classes': (1, 10**8), 
 OF_ALL_STAGES = ('stages', 'model_name', 'pretrained', 'embedding_dim', 'head_norm', 'subcenters', 'head_seed',
                  'data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images', 'precision', 'max_hours')
 NOT_TRAINED = {'workers', 'save_minutes', 'max_hours', 'max_unreadable', 'max_skipped', 'batch_size', 'precision',
-               'checkpoint_activations', 'stages'}  # may differ between the sessions of one run
+               'checkpoint_activations', 'stages', 'tracker'}  # may differ between the sessions of one run
 PUBLISHED = {'place4': {  # the towers of the nine published runs; the notebook here takes ViT-L/14 of LAION-2B
     'vit_h_224': {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 224},
     'vit_l_336': {'model_name': 'ViT-L-14-336', 'pretrained': 'openai', 'image_size': 336}}}
@@ -79,6 +79,7 @@ class Config:
     validate_every: int | None = setting(None, 'optimiser steps between selection scores; the best weights are kept')
     save_minutes: float = setting(20, 'between checkpoints to resume from')
     max_hours: float | None = setting(None, 'stop cleanly, everything saved, before the session does')
+    tracker: str = setting('', "beside log.csv: 'tensorboard', 'wandb', … of accelerate; several with commas")
     max_unreadable: int = setting(100, 'images that may be broken before the run stops')
     max_skipped: int = setting(10, 'steps whose loss or gradient may be NaN or infinite before it stops')
 

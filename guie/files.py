@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from guie.errors import FileError
+from guie.errors import FileError, OneSentence
 
 ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount attached inputs
 
@@ -58,6 +58,21 @@ def whole_file(path):
     finally:
         with suppress(OSError):  # as when the parent is a file
             beside.unlink()
+
+
+@contextmanager
+def folder_beside(path):
+    """Yields a temporary folder next to `path`, to write files in that whole_file then moves to their places.
+    OSError, in one sentence, if the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.part-', dir=path.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        if isinstance(error, OneSentence):
+            raise
+        raise FileError(f'{path} could not be written ({reason_of(error)}): free some space or choose another folder.'
+                        ) from error
 
 
 def reason_of(error):

@@ -96,10 +96,10 @@ class RunLog:
         write_text(self.path, rows.reindex(columns=LOGGED).to_csv(index=False))  # an earlier version's had no selection
 
     def add(self, step, loss, lr, images, selection=None):
-        """Appends a row."""
+        """Appends a row -> {column: number or None}, but for the step."""
         now, size = time.time(), self.path.stat().st_size
-        score = '' if selection is None else f'{selection:.6f}'
-        self.waiting += f'{step},{loss:.6f},{lr:.4g},{images / (now - self.last):.1f},{score}\n'
+        score, rate = '' if selection is None else f'{selection:.6f}', images / (now - self.last)
+        self.waiting += f'{step},{loss:.6f},{lr:.4g},{rate:.1f},{score}\n'
         self.last = now
         try:
             with self.path.open('a') as file:
@@ -107,6 +107,7 @@ class RunLog:
             self.waiting = ''
         except OSError:
             os.truncate(self.path, size)  # no half row
+        return {'loss': loss, 'lr': lr, 'images/s': rate, 'selection': selection}
 
 
 def save_checkpoint(run, required=False):

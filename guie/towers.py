@@ -101,6 +101,8 @@ def load_open_clip(model_name, pretrained, image_size=None, *, text=True):
         vision_cfg = packed(open_clip.get_model_config(model_name)['vision_cfg'])
         if model_name.startswith('local-dir:') and not random:
             file = model_name.removeprefix('local-dir:')
+            whole = user_path(file) / 'open_clip_model.safetensors'  # which open_clip prefers too: publish adds a run's own
+            file = whole if whole.is_file() else file
         whole = random or file  # open_clip itself loads nothing
         with no_warnings_logged() if whole else nullcontext():
             model = open_clip.create_model(

@@ -28,6 +28,7 @@ from guie.resume import BEST, Progress, Run, RunLog, copy_attached_state, restor
 from guie.sharding import full_state, load_sharded, save_sharded, shard
 from guie.splits import Splits, describe
 from guie.towers import checkpoint_activations
+from guie.trackers import chosen_trackers, track, trackers
 
 
 def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=0, started=None):
@@ -37,13 +38,15 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps and at the end; the run
     then keeps the best weights, else the last ones. epoch: number of the first. started: the time from which
     config.max_hours count; None is now. Writes model.safetensors, config.json, log.csv, state/, and if needed
-    unreadable.txt, not_finite.txt. Stopped: config.max_hours are over, or it was interrupted. ValueError: data and head
-    disagree. FloatingPointError: the loss stays NaN. OSError: too many unreadable images, or a disk that refuses."""
+    unreadable.txt, not_finite.txt, guie/ (TensorBoard's). Stopped: config.max_hours are over, or it was interrupted.
+    ValueError: data and head disagree, or a tracker is not installed. FloatingPointError: the loss stays NaN. OSError: too
+    many unreadable images, or a disk that refuses."""
     started = started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
         raise InputError(f'The head must have {len(labels)} classes, as many as the images have labels.')
     accelerator = Accelerator(mixed_precision='no', cpu=best_device().type == 'cpu', step_scheduler_with_optimizer=False,
+                              log_with=chosen_trackers(config.tracker), project_dir=user_path(run_dir),
                               kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     config = fitted(config, model, accelerator.num_processes)
     batch, accumulate = step_of(config, len(train), accelerator.num_processes)
@@ -65,7 +68,8 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
         if run.main:
             log = RunLog(run, restored)
             config.save(run.folder / 'config.json')
-        with progress_bar(total=steps, initial=progress.step, desc=run.folder.name, disable=not run.main) as bar:
+        with trackers(run, steps), progress_bar(total=steps, initial=progress.step, desc=run.folder.name,
+                                                disable=not run.main) as bar:
             while progress.step < steps:
                 batches = loader(dataset, batch, train=True, epoch=progress.epoch, start=progress.used,
                                  rank=accelerator.process_index, processes=accelerator.num_processes, workers=config.workers)
@@ -82,7 +86,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
                     bar.set_postfix(loss=f'{loss:.3f}')
                     score = score_when_due(run, validate, steps)
                     if run.main:
-                        log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images, score)
+                        track(run, log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images, score))
                     save_when_due(run, dataset, steps, started, bool(pressed))
         finish(run, validate, write_unreadable(run, gather_object(dataset.unreadable)))
         if run.saved[0] < progress.step:

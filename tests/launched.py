@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -34,7 +35,7 @@ def runs(folder):
     train, validate = splits['train'], partial(selection_score, splits=splits)
     with pytest.MonkeyPatch.context() as patch:
         without_dropout(patch)
-        config = ALIKE.override(batch_size=4)
+        config = ALIKE.override(batch_size=4, tracker='tensorboard' if find_spec('tensorboard') else '')
         training.fit(config, new_model(config), train, folder / 'two', validate)
         model = new_model(config)
         training.fit(config.override(shard=True, checkpoint_activations=True), model, train, folder / 'sharded', validate)

@@ -21,7 +21,7 @@ OUT_OF_RANGE = [  # of every field with limits: below, above, and no number
     ('layer_lrs', value) for value in (
         (), ((5, 1.), (3, 1.)), ((5, 1.), (5, 2.)), ((5, -1.),), ((5, math.nan),), ((5, math.inf),), ((0, 1.),), (5, 1.),
         ((5,),), (('a', 'b'),), 'layers', 7)
-] + [(name, value) for name in ('model_name', 'pretrained', 'trains') for value in (7, ['ViT'], True)] + [
+] + [(name, value) for name in ('model_name', 'pretrained', 'trains', 'tracker') for value in (7, ['ViT'], True)] + [
     ('stages', value) for value in ('art', 7, [7], None)] + [
     ('trains', 'tail'), ('trains', 'last 0'), ('head_norm', 1), ('head_norm', None),
     ('model_name', ''), ('augmentation', 'mixup'), ('augmentation', 7), ('precision', 'fp8'), ('precision', 16),
@@ -238,7 +238,7 @@ def test_a_gone_field_that_was_used_is_named_and_the_rest_is_loaded(used, capsys
 def test_configurations_differ_in_what_changes_the_weights_alone():
     assert different_fields(Config(), Config(seed=6, head_lr=1.)) == ['head_lr: 0.0003, now 1.0', 'seed: 5, now 6']
     free = Config(workers=2, save_minutes=1, max_hours=1, max_unreadable=1, max_skipped=1, batch_size=4, precision='no',
-                  checkpoint_activations=True, stages=({},))
+                  checkpoint_activations=True, stages=({},), tracker='tensorboard')
     assert different_fields(Config(), free) == []
     assert {name for name, value in vars(free).items() if value != getattr(Config(), name)} == NOT_TRAINED
 
