@@ -16,7 +16,7 @@ NONE = 'not recorded'
 METHODS = {'training': 'fine-tuned by sub-centre ArcFace', 'uniform': 'average of the ingredients',
            'greedy': 'average of ingredients that were added as long as the selection score did not fall (greedy soup)',
            'wise-ft': 'interpolation between pretrained and fine-tuned weights (WiSE-FT)',
-           'ensemble': 'joined vectors of several models'}
+           'zero-shot': 'the pretrained tower under a PCA of text vectors', 'ensemble': 'joined vectors of several models'}
 SHOWN_ELSEWHERE = {'format', 'spec', 'config', 'data', 'ingredients', 'members', 'method'}  # of a file's metadata
 
 
