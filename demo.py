@@ -430,6 +430,8 @@ def tidy(outputs):
         else:
             kept.append(output)
     for output in kept:
+        if any('<iframe' in part for part in output.get('data', {}).get('text/html', ())):
+            del output['data']['text/html']  # the page of explore, megabytes that GitHub would not show
         if output['output_type'] == 'stream':
             lines = [line.split('\r')[-1].rstrip() for line in ''.join(output['text']).split('\n')]
             output['text'] = '\n'.join(lines).strip('\n') + '\n'

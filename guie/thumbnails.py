@@ -44,13 +44,23 @@ class Images:
         return np.array([self.known[pair] if pair[0] else -1 for pair in pairs], int)
 
     def table(self):
-        """What the page says of them: folders and labels, each once, and for each image its file and the places of both."""
-        paths = [printable(paths[0]).rpartition('/') for paths in self.paths]
+        """What the page says of them: the folder above that all share, folders below it and labels, each once, and for each
+        image its file and the places of both."""
+        paths = [printable(paths[0]) for paths in self.paths]
+        above = shared_folder(paths)
+        paths = [path[len(above):].rpartition('/') for path in paths]
         folders, labels = ({text: place for place, text in enumerate(dict.fromkeys(texts))} for texts in (
             [folder + slash for folder, slash, _ in paths], self.labels))
-        return {'folders': [*folders], 'labels': [printable(name_of(label)) for label in labels],
+        return {'above': above, 'folders': [*folders], 'labels': [printable(name_of(label)) for label in labels],
                 'file': [file for _, _, file in paths], 'folder': [folders[folder + slash] for folder, slash, _ in paths],
                 'label': [labels[label] for label in self.labels]}
+
+
+def shared_folder(paths):
+    """The folder above the lowest one that all paths share, with a slash at its end; '' for relative paths."""
+    folders = {os.path.dirname(path) for path in paths}
+    above = os.path.dirname(os.path.commonpath(folders)) if all(map(os.path.isabs, folders)) else ''
+    return above.rstrip('/') + '/' * bool(above)
 
 
 def by_file(numbered):

@@ -47,6 +47,15 @@ def test_texts_are_kept_once_and_labels_of_two_data_sets_stay_apart():
     assert [held['labels'][place] for place in held['label']][0] == '7' and held['labels'][2] == 'mine/7'
 
 
+def test_folders_are_those_below_what_all_images_share():
+    held = filled([('/data/set/a/1.jpg', 'x'), ('/data/set/b/2.jpg', 'y')]).table()
+    assert held['above'] == '/data/' and held['folders'] == ['set/a/', 'set/b/'] and held['file'] == ['1.jpg', '2.jpg']
+    held = filled([('/data/set/1.jpg', 'x'), ('/data/set/2.jpg', 'y')]).table()
+    assert held['above'] == '/data/' and held['folders'] == ['set/']
+    held = filled([('/one/1.jpg', 'x'), ('/two/2.jpg', 'y')]).table()
+    assert held['above'] == '/' and held['folders'] == ['one/', 'two/']
+
+
 def test_what_runs_differ_in_comes_first_then_what_is_shown_most(monkeypatch):
     nan = np.nan
     scores = np.array([[0, .2, .4, .6, nan, nan, nan, nan], [0, 1, .4, .8, nan, nan, nan, nan]])

@@ -1,7 +1,10 @@
-"""The README's pictures of results, from what `make demo` left under runs/demo: media/queries.png and media/scores.png.
+"""The README's pictures of results, from what `make demo` left under runs/demo: media/queries.png, media/scores.png and
+media/explore.png, which needs playwright and Chromium.
 
     python tools/pictures.py
 """
+import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,8 +43,14 @@ def models(runs=demo.RUNS):
 
 def save(figure, path):
     """Writes a figure as a PNG of at most 256 colours."""
-    figure.savefig(path, dpi=80)
-    with Image.open(path) as picture:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=80)
+    save_small(picture, path)
+
+
+def save_small(file, path):
+    """Writes a picture as a PNG of at most 256 colours."""
+    with Image.open(file) as picture:
         small = picture.convert('RGB').quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
@@ -82,12 +91,24 @@ def draw_scores(splits, projected, path):
     save(plt.gcf(), path)
 
 
+def draw_page(page, path):
+    """What a browser shows first of the page of explore."""
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        tab = browser.new_page(viewport={'width': 1100, 'height': 700})
+        tab.goto(page.absolute().as_uri())
+        tab.wait_for_selector('img')
+        save_small(io.BytesIO(tab.screenshot()), path)
+
+
 def main():
     world = demo.make_world(demo.RUNS / 'world')
     splits = {part: utilities.read_dataset(world / f'{part}.csv') for part in ('query', 'index')}
     projected = models()
     draw_queries(splits, projected, demo.MEDIA / 'queries.png')
     draw_scores(splits, projected, demo.MEDIA / 'scores.png')
+    draw_page(demo.RUNS / 'explore.html', demo.MEDIA / 'explore.png')
 
 
 if __name__ == '__main__':
