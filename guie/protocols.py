@@ -116,7 +116,7 @@ def judge(query, index, truth, metrics, k):
     return {setting: dict(zip(metrics, rows)) for setting, rows in values.items()}
 
 
-def neighbours(query, index, k, alone, most=2**26):
+def neighbours(query, index, k, alone, most=2**25):
     """Yields each query's k nearest index rows, int64 (k,); fewer if there are fewer, all for None.
     alone: query i is index i and does not find itself. most: numbers of vectors that are held at a time."""
     k = min(k or len(index), len(index) - alone)
