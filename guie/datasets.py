@@ -165,14 +165,17 @@ def read_folders(root, layout):
     return frame
 
 
-def read_listing(root, layout):
-    """DataFrame path, label, domain of a set with a label file, in its order."""
+def read_listing(root, layout, where=None):
+    """DataFrame path, label, domain of a set with a label file, in its order.
+    where: (column, value) of the rows that count; None: all."""
     file = os.path.join(root, layout.telltale)
     table = read_table(file, layout)
-    if missing := sorted({*layout.images, layout.label} - {*table}):
+    if missing := sorted({*layout.images, layout.label, *(where or ())[:1]} - {*table}):
         raise InputError(f'{file} lacks the column {" and ".join(missing)}; it has {", ".join(table)}.')
     if not isinstance(table.index, pd.RangeIndex):
         raise InputError(f'{file} has rows with more fields than columns; quote texts that hold commas.')
+    if where:
+        table = table[table[where[0]] == where[1]].reset_index(drop=True)
     table['domain'] = table.get('domain', layout.domain)
     frame = pd.concat([table[[image, layout.label, 'domain']].set_axis(['path', 'label', 'domain'], axis=1)
                        for image in layout.images], ignore_index=True)
@@ -181,7 +184,8 @@ def read_listing(root, layout):
         raise InputError(f'{file}: {empty.sum():,} of {len(frame):,} rows lack a path, label or domain, the '
                          f'first is row {empty.argmax() + 1} below the header; fill or delete them.')
     if frame.empty:
-        raise InputError(f'{file} lists no image: there is no row below the header.')
+        kind = f'with {where[1]!r} in the column {where[0]}' if where else 'below the header'
+        raise InputError(f'{file} lists no image: there is no row {kind}.')
     if layout.packed:
         frame = frame.assign(path=frame['path'].str.split()).explode('path', ignore_index=True)
     if layout.path:

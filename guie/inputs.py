@@ -21,15 +21,16 @@ def page_of(handle):
     return f'{WHERE}/{"datasets" if "/" in handle else "competitions"}/{handle}'
 
 
-def way_to(handle):
-    """How to get a dataset 'owner/name', a competition's data, or a set not on Kaggle (''), as the end of a sentence."""
+def way_to(handle, root='the root of DATA'):
+    """How to get a dataset 'owner/name', a competition's data, or a set not on Kaggle (''), as the end of a sentence.
+    root: what its folder is to be given as."""
     kind = 'dataset' if '/' in handle else 'competition'
     rules = '' if '/' in handle else f' (accept its rules once, at {page_of(handle)}/rules)'
     if not handle:
-        return 'give its folder as the root of DATA'
+        return f'give its folder as {root}'
     if host() == 'Kaggle':
-        return f'attach the {kind} {handle} as an input{rules}, or give its folder as the root of DATA'
-    return f'get it by `kaggle {kind}s download {handle}`{rules}, unpack it and give its folder as the root of DATA'
+        return f'attach the {kind} {handle} as an input{rules}, or give its folder as {root}'
+    return f'get it by `kaggle {kind}s download {handle}`{rules}, unpack it and give its folder as {root}'
 
 
 def download(handle):
