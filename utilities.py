@@ -15,6 +15,7 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     datasets     known data sets, folders and CSVs to tables
     sources      what your own folder, CSV or list means as data
     splits       images to train on, to make choices on and to report on
+    testsets     the test splits of public benchmarks
     losses       margins and sub-centre ArcFace
     projection   PCA from d numbers to at most 64
     retrieval    neighbours and mP@5
@@ -25,8 +26,10 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     checkpoints  files of weights and folders of runs
     embedding    images to cached vectors
     results      a run's scores, queries and projection; tables of runs
+    protocols    public benchmarks by their own splits and metrics
     memory       memory and disk that a run needs, before it starts
     estimate     about how long towers will take
+    heads        a head trained on cached vectors
     trackers     a run's numbers in TensorBoard, W&B and others
     training     the loop
     recipes      what other places and papers changed; training in stages
@@ -51,9 +54,10 @@ from guie.begin import begin_run, begin_soups, begin_zero_shot
 from guie.checkpoints import find_ingredients, load_run, open_checkpoint, save_run
 from guie.comparison import compare
 from guie.config import Config
-from guie.datasets import DATASETS, list_images, read_dataset
+from guie.datasets import DATASETS, read_dataset
 from guie.embedding import embed, embed_all
 from guie.explore import explore
+from guie.heads import fit_head
 from guie.images import ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.maps import plot_similarities, show_map
@@ -61,15 +65,9 @@ from guie.memory import training_plan
 from guie.model import Embedder, SubcenterHead, group_table, new_model, param_groups
 from guie.onnx_export import export_onnx
 from guie.pictures import compare_neighbours, show_augmentation, show_neighbours, show_objects
-from guie.plots import (
-    plot_basin,
-    plot_dimensions,
-    plot_logs,
-    plot_margins,
-    plot_scores,
-    plot_wise,
-)
+from guie.plots import plot_basin, plot_dimensions, plot_logs, plot_margins, plot_scores, plot_wise
 from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
+from guie.protocols import evaluate_benchmark
 from guie.publish import publish
 from guie.recipes import RECIPES, train
 from guie.results import list_runs, save_ensemble, save_results
@@ -81,26 +79,28 @@ from guie.splits import load_data, select_classes
 from guie.submission import Submission, evaluate_submission, export_submission, replay_submission
 from guie.tables import table
 from guie.text import load_text_tower, read_vocabulary, text_vectors
-from guie.towers import TowerSpec, load_image_tower
+from guie.towers import load_image_tower
 from guie.training import fit
 
 __all__ = [
     'table',
     'ImageDataset', 'read_image',
     'Config',
-    'DATASETS', 'list_images', 'read_dataset',
+    'DATASETS', 'read_dataset',
     'load_data', 'select_classes',
     'adaptive_margins', 'arcface_loss',
     'concatenate', 'fit_pca', 'l2_normalise', 'random_projection',
     'mean_precision_at_5', 'nearest_neighbours', 'precision_at_5',
     'gain_table', 'paired_bootstrap', 'score_table', 'scores_by_domain',
-    'TowerSpec', 'load_image_tower',
+    'load_image_tower',
     'load_text_tower', 'read_vocabulary', 'text_vectors',
     'Embedder', 'SubcenterHead', 'group_table', 'new_model', 'param_groups',
     'find_ingredients', 'load_run', 'open_checkpoint', 'save_run',
     'embed', 'embed_all',
     'list_runs', 'save_ensemble', 'save_results',
+    'evaluate_benchmark',
     'training_plan',
+    'fit_head',
     'fit',
     'RECIPES', 'train',
     'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',

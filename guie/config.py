@@ -19,6 +19,7 @@ FORMER_FIELDS = {'sampling': 'photographs', 'partial_centers': 1., 'distil': 0.,
 LIMITS = {'image_size': (1, 4096), 'overlap': (0, .9), 'n_classes': (1, 10**8), 'min_images': (1, 10**6),
           'max_images': (1, 10**9), 'embedding_dim': (1, 65536), 'subcenters': (1, 100), 'scale': (1e-3, 1e4),
           'margin_min': (0, math.pi), 'margin_width': (0, math.pi), 'margin_growth': (0, math.pi), 'head_lr': (0, 1e3),
+          'class_lr': (0, 1e3),
           'head_weight_decay': (0, 1e3), 'tower_weight_decay': (0, 1e3), 'batch_size': (1, 10**6),
           'effective_batch': (1, 10**7), 'epochs': (0, 10**5), 'warmup_steps': (0, 10**9), 'max_grad_norm': (1e-9, 1e9),
           'data_seed': (0, 2**32 - 1), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1), 'pca_images': (2, 10**9),
@@ -58,9 +59,11 @@ class Config:
     margin_min: float = setting(0.05, 'radians, for the most frequent class')
     margin_width: float = setting(0.45, 'added for the rarest one')
     margin_growth: float = setting(0.0, 'radians that every margin grows by each epoch')
-    trains: str = setting('all', "or 'head', 'tower', 'last N': N blocks, what follows them, and the head")
+    trains: str = setting(
+        'all', "or 'head', 'cached head' (on vectors computed once), 'tower', 'last N': N blocks, what follows, the head")
     stages: tuple = setting((), '{field: value} of each stage of training, one after the other; () is one')
     head_lr: float = setting(3e-4, 'the head starts from nothing, the tower does not')
+    class_lr: float | None = setting(None, 'learning rate of the classes; None: head_lr')
     head_weight_decay: float = setting(1e-5, "of the head's linear map and centres")
     tower_weight_decay: float = setting(1e-3, "of the tower's matrices; biases, norms and tokens have none")
     batch_size: int | None = setting(None, 'images on one device at a time; None: as many as fit, 8 on a CPU')
@@ -97,8 +100,12 @@ class Config:
                              f'{self.batch_size}, since whole batches are accumulated.')
         if self.head_norm and self.batch_size == 1:
             raise InputError('Config.batch_size is 1; head_norm compares the images of a batch: give more.')
-        if not re.fullmatch(r'all|head|tower|last [1-9]\d*', self.trains):
-            raise InputError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'tower' or, for example, 'last 4'.")
+        if not re.fullmatch(r'all|head|cached head|tower|last [1-9]\d*', self.trains):
+            raise InputError(f"Config.trains is {self.trains!r}; choose 'all', 'head', 'cached head', 'tower' or, for "
+                             f"example, 'last 4'.")
+        if self.trains == 'cached head' and self.augmentation not in ('none', 'flip'):
+            raise InputError(f"Config.augmentation is {self.augmentation!r}, but a cached head sees each image once: choose "
+                             f"none, or flip, which adds the mirrored images.")
         if not isinstance(self.stages, (list, tuple)) or not all(isinstance(stage, dict) for stage in self.stages):
             raise InputError(f'Config.stages is {self.stages!r}; give a list of {{field: value}}.')
         object.__setattr__(self, 'stages', tuple(self.stages))

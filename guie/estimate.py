@@ -35,11 +35,14 @@ def matmul_rate(precision='auto', side=1024, seconds=.2):
 
 
 def training_cost(config, images):
-    """Floating point operations of all stages of a run: once forward, twice that backward, once more if recomputed."""
+    """Floating point operations of all stages of a run: once forward, twice that backward, once more if recomputed; for a
+    cached head one pass over the images, or two with mirrored ones."""
     total = 0
     for stage in config.each_stage():
-        passes = 1 if stage.trains == 'head' else 4 if stage.checkpoint_activations else 3
-        total += stage.epochs * images * passes * forward_cost(stage)[0]
+        passes = stage.epochs * (1 if stage.trains == 'head' else 4 if stage.checkpoint_activations else 3)
+        if stage.trains == 'cached head':
+            passes = 2 if stage.augmentation == 'flip' else 1
+        total += images * passes * forward_cost(stage)[0]
     return total
 
 

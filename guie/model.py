@@ -60,7 +60,7 @@ class Embedder(nn.Module):
         super().__init__()
         spec = spec or getattr(tower, 'spec', None)
         if spec is None:
-            raise InputError('The tower does not say its image size, mean and std: pass spec=TowerSpec(…).')
+            raise InputError('The tower does not say its image size, mean and std: pass spec=guie.towers.TowerSpec(…).')
         self.tower, self.head, self.projection, self.spec = tower, head, projection, spec
         self.register_buffer('mean', torch.tensor(spec.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer('std', torch.tensor(spec.std).view(3, 1, 1) * 255, persistent=False)
@@ -144,8 +144,8 @@ def resize(model, side, overlap=0.0):
 
 def freeze(model, trains):
     """Takes the gradients from what Config.trains leaves out; 'all' changes nothing."""
-    if trains in ('head', 'tower'):
-        (model.tower if trains == 'head' else model.head).requires_grad_(False)
+    if trains in ('head', 'cached head', 'tower'):
+        (model.head if trains == 'tower' else model.tower).requires_grad_(False)
     elif trains != 'all':
         (blocks, depth), count = tower_blocks(model.tower), int(trains.removeprefix('last '))
         if count > depth:
@@ -188,7 +188,9 @@ def param_groups(model, config):
             config.layer_lrs[place][1], config.tower_weight_decay, name not in kept)
     for name, parameter in ([] if model.head is None else model.head.named_parameters()):
         if parameter.requires_grad:
-            add('head', f'head.{name}', parameter, config.head_lr, config.head_weight_decay, parameter.ndim > 1)
+            apart = name == 'centers' and config.class_lr is not None
+            add('classes' if apart else 'head', f'head.{name}', parameter, config.class_lr if apart else config.head_lr,
+                config.head_weight_decay, parameter.ndim > 1)
     return list(groups.values())
 
 

@@ -9,6 +9,7 @@ from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
+from guie.heads import train_head
 from guie.training import run_job, write_job
 
 
@@ -17,6 +18,9 @@ def halves(config, first, second):
     half = max(1, config.epochs // 2)
     return {'stages': (first | {'epochs': half}, second | {'epochs': max(1, config.epochs - half)})}
 
+
+FROZEN_HEAD = {'trains': 'cached head', 'subcenters': 1, 'scale': 16., 'margin_min': 0., 'margin_width': 0.,  # no margin
+               'head_lr': 2.5e-4, 'class_lr': 1e-2, 'head_weight_decay': 1e-6, 'effective_batch': 128, 'batch_size': None}
 
 RECIPES = {  # what each changes in a configuration; places are those of the challenge
     'place4': lambda config: {},
@@ -33,8 +37,8 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
     'hi-res': lambda config: halves(config, {}, {'image_size': config.image_size * 5 // 4}),
     # 1st: overlapping patches at the end
     'overlap': lambda config: halves(config, {}, {'overlap': .5}),
-    # MDFE 2024: the tower as it is, a projection trained
-    'frozen': lambda config: {'embedding_dim': 64, 'trains': 'head'},
+    # Linear adaptation (ILIAS 2025): the tower as it is, a head on vectors that it gives once
+    'frozen-head': lambda config: FROZEN_HEAD | {'epochs': 20 * config.epochs},
 }
 
 
@@ -63,15 +67,17 @@ def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
     for folder, stage in stage_folders(config, run_dir):
         done = finished_stage(folder, stage, search)
         if done is None:
-            train_stage(stage, splits, folder, processes or processes_here(), options)
+            train_stage(stage, splits, folder, processes or processes_here(), options, last=folder == run_dir)
             done = keep_stage(folder) if folder != run_dir else None
         options |= {'weights': done and str(done), 'epoch': options['epoch'] + stage.epochs}
     return load_run(run_dir, dim=None)
 
 
-def train_stage(config, splits, folder, processes, options):
-    """One stage: here, or in several launched processes."""
-    if processes == 1:
+def train_stage(config, splits, folder, processes, options, last):
+    """One stage: here, or in several launched processes; of a cached head only the next stage needs the classes."""
+    if config.trains == 'cached head':
+        train_head(config, splits, folder, weights=options['weights'], keep_classes=not last)
+    elif processes == 1:
         run_job(config, splits, folder, **options)
     else:
         write_job(config, splits, folder, **options)

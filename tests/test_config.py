@@ -23,7 +23,8 @@ OUT_OF_RANGE = [  # of every field with limits: below, above, and no number
         ((5,),), (('a', 'b'),), 'layers', 7)
 ] + [(name, value) for name in ('model_name', 'pretrained', 'trains', 'tracker') for value in (7, ['ViT'], True)] + [
     ('stages', value) for value in ('art', 7, [7], None)] + [
-    ('trains', 'tail'), ('trains', 'last 0'), ('head_norm', 1), ('head_norm', None),
+    ('trains', 'tail'), ('trains', 'last 0'), ('trains', 'cached'), ('class_lr', -1), ('class_lr', '1e-2'),
+    ('head_norm', 1), ('head_norm', None),
     ('model_name', ''), ('augmentation', 'mixup'), ('augmentation', 7), ('precision', 'fp8'), ('precision', 16),
     ('checkpoint_activations', 'yes'), ('checkpoint_activations', 1), ('shard', None), ('shard', 'yes'),
     ('effective_batch', 12)]
@@ -305,3 +306,9 @@ def test_the_notebooks_configurations_are_the_published_recipe(notebook, solutio
 def test_an_unknown_solution_is_one_sentence():
     with pytest.raises(ValueError, match="no published solution 'place1'; choose place4 or None. Did you mean place4"):
         Config().reproduce('place1', 'vit_h_224')
+
+
+def test_a_cached_head_takes_no_augmentation_but_flip():
+    assert Config(trains='cached head', augmentation='flip').trains == 'cached head'
+    with pytest.raises(ValueError, match="augmentation is 'cutout', but a cached head sees each image once: choose none"):
+        Config(trains='cached head', augmentation='cutout')

@@ -35,6 +35,9 @@ def test_training_is_three_passes_of_each_epoch_one_where_the_tower_stays_four_w
     one = forward_cost(MINIATURE)[0]
     assert training_cost(MINIATURE.override(epochs=2), 10) == 2 * 10 * 3 * one
     assert training_cost(MINIATURE.override(trains='head'), 10) == 10 * one
+    cached = MINIATURE.override(trains='cached head', epochs=20)
+    assert training_cost(cached, 10) == 10 * one
+    assert training_cost(cached.override(augmentation='flip'), 10) == 20 * one
     assert training_cost(MINIATURE.override(checkpoint_activations=True), 10) == 10 * 4 * one
     larger = MINIATURE.override(image_size=96)
     staged = MINIATURE.override(stages=({'trains': 'head'}, {'image_size': 96}))

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ['errors', 'packages', 'files', 'inputs', 'tables', 'distributed', 'weights', 'images', 'listing', 'config',
          'datasets', 'sources', 'splits', 'testsets', 'losses', 'projection', 'retrieval', 'scores', 'towers', 'text',
          'model', 'checkpoints', 'embedding', 'results', 'protocols', 'memory', 'estimate', 'sharding', 'resume',
-         'trackers', 'training', 'recipes', 'soups', 'begin', 'submission', 'onnx_export', 'card', 'publish', 'cells',
-         'pictures', 'maps', 'comparison', 'collection', 'search', 'plots', 'thumbnails', 'explore']
+         'heads', 'trackers', 'training', 'recipes', 'soups', 'begin', 'submission', 'onnx_export', 'card', 'publish',
+         'cells', 'pictures', 'maps', 'comparison', 'collection', 'search', 'plots', 'thumbnails', 'explore']
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 

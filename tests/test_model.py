@@ -245,7 +245,7 @@ def test_the_table_of_groups_counts_every_parameter_once():
 
 
 @pytest.mark.parametrize('trains, moving', [
-    ('all', '.'), ('head', r'head\.'), ('tower', r'tower\.'),
+    ('all', '.'), ('head', r'head\.'), ('cached head', r'head\.'), ('tower', r'tower\.'),
     ('last 2', r'head\.|tower\.(proj|ln_post|transformer\.resblocks\.[45]\.)'),
     ('last 6', r'head\.|tower\.(proj|ln_post|transformer)')])
 def test_what_is_frozen_has_no_gradient_and_is_in_no_group(trains, moving):
@@ -255,6 +255,14 @@ def test_what_is_frozen_has_no_gradient_and_is_in_no_group(trains, moving):
     model(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), classify=True).square().sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == expected
     assert {name for group in param_groups(model, CONFIG) for name in group['names']} == expected
+
+
+def test_the_classes_learn_at_a_rate_of_their_own_if_they_have_one():
+    model = new_model(CONFIG, 5)
+    groups = {group['name']: group for group in param_groups(model, CONFIG.override(class_lr=.5))}
+    assert (groups['classes']['names'], groups['classes']['lr']) == (['head.centers'], .5)
+    assert (groups['head']['names'], groups['head']['lr']) == (['head.embedding.weight'], CONFIG.head_lr)
+    assert 'classes' not in {group['name'] for group in param_groups(model, CONFIG)}
 
 
 def test_more_blocks_than_there_are_cannot_be_trained():

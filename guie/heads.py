@@ -1,0 +1,146 @@
+"""Heads: a head trained in seconds on vectors that a frozen tower gave once."""
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from guie.checkpoints import load_run, save_run
+from guie.distributed import best_device
+from guie.embedding import embed, embed_all
+from guie.errors import Diverged, InputError
+from guie.files import progress_bar, user_path, write_text
+from guie.losses import adaptive_margins, arcface_loss
+from guie.model import Embedder, SubcenterHead, new_model, resize
+from guie.resume import LOGGED, run_lock
+from guie.scores import score_table
+from guie.splits import SELECTION, describe
+
+
+def fit_head(vectors, labels, *, dim=512, subcenters=1, scale=16., margins=(0., 0.), lr=2.5e-4, class_lr=1e-2,
+             weight_decay=1e-6, dropout=.2, batch_size=128, epochs=20, norm=False, seed=5, head_seed=5,
+             validate=None, report=None, device=None):
+    """Trains a head on cached vectors by Adam, at a constant rate -> SubcenterHead (d -> dim) with its classes, in
+    evaluation mode on the CPU.
+    vectors: float32 (n, d), an array or a memory map, rows of length 1; several towers' may be joined by concatenate, and
+    mirrored images be rows of their own. labels: n hashable values. The loss is the cross-entropy of cosines to the
+    classes, times scale; with margins (radians of the most frequent class, added for the rarest one) it is ArcFace, with
+    several subcenters sub-centre ArcFace. class_lr: rate of the classes. validate: SubcenterHead -> score, after each epoch;
+    then the best epoch's head is returned, else the last one's. report: called with (step, loss, score) after each epoch.
+    ValueError: rows and labels that do not fit, NaN or infinite rows, fewer than two classes. FloatingPointError: the loss
+    is not finite."""
+    classes, targets, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    check_vectors(vectors, targets, len(classes))
+    device, generator = device or best_device(), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of dropout
+    head = SubcenterHead(vectors.shape[1], len(classes), dim=dim, subcenters=subcenters, norm=norm, seed=head_seed)
+    head.to(device)
+    margin = adaptive_margins(counts, low=margins[0], width=margins[1]).to(device)
+    optimiser = torch.optim.Adam([{'params': head.embedding.parameters(), 'lr': lr, 'weight_decay': weight_decay},
+                                  {'params': [head.centers], 'lr': class_lr}])
+    targets, batch_size, best = torch.from_numpy(targets), min(batch_size, len(targets)), (-np.inf, None)
+    steps = len(targets) // batch_size
+    with progress_bar(total=epochs * steps, desc='head') as bar:
+        for epoch in range(epochs):
+            order, total = torch.randperm(len(targets), generator=generator), 0.
+            for rows in order[:steps * batch_size].split(batch_size):
+                total += head_step(head.train(), optimiser, vectors, targets, rows, margin, scale, dropout)
+                bar.update()
+            loss = float(total) / steps
+            if not np.isfinite(loss):
+                raise Diverged(f'The loss of the head is {loss} in epoch {epoch + 1}: lower its learning rates.')
+            bar.set_postfix(loss=f'{loss:.3f}')
+            score = validate(head.eval()) if validate else None
+            if score is None or score > best[0]:
+                best = score or 0, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+            if report:
+                report((epoch + 1) * steps, loss, score)
+    head.load_state_dict(best[1])
+    return head.cpu().eval()
+
+
+def head_step(head, optimiser, vectors, targets, rows, margin, scale, dropout):
+    """One step over some rows of vectors -> the loss, a tensor without gradient."""
+    batch = torch.from_numpy(np.ascontiguousarray(vectors[rows.numpy()], np.float32)).to(margin.device)
+    embedding = head.embedding(F.dropout(head.norm(batch), dropout))  # less than the five masks of the published head
+    loss = arcface_loss(head.cosine(embedding), targets[rows].to(margin.device), margin, scale)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
+
+
+def check_vectors(vectors, targets, classes, part=8192):
+    """ValueError unless there is a finite vector for each label, and two classes."""
+    if vectors.ndim != 2 or len(vectors) != len(targets):
+        raise InputError(f'{vectors.shape} vectors have {len(targets)} labels: give one label a row.')
+    if classes < 2:
+        raise InputError(f'The vectors are of {classes} classes: a head tells classes apart, so give at least 2.')
+    for start in range(0, len(vectors), part):
+        finite = np.isfinite(vectors[start:start + part]).all(1)
+        if not finite.all():
+            raise InputError(f'Vector {start + int(finite.argmin())} holds NaN or infinite values: leave it out or embed it '
+                             f'again.')
+
+
+class Mirrored(nn.Module):
+    """An Embedder that sees each image in a mirror."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.spec = model, model.spec
+
+    def forward(self, images):
+        """As the Embedder's."""
+        return self.model(images.flip(3))
+
+
+def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
+    """Trains a run whose tower stays as it is (Config.trains 'cached head'), and saves it -> its Embedder.
+    The vectors of the training images are computed once and kept in run_dir/tower, with augmentation 'flip' those of the
+    mirrored images too. weights: a checkpoint to take the tower from. With config.validate_every the head of the epoch that
+    is best on the selection objects is kept. Writes model.safetensors (without the classes unless keep_classes: only a next
+    stage needs them), config.json and log.csv, a row an epoch. Errors as in fit_head and embed_all."""
+    run_dir, train, rows = user_path(run_dir), splits['train'], []
+    with run_lock(run_dir):
+        model = load_run(weights, dim=None) if weights else new_model(config, train['label'].nunique())
+        resize(model, config.image_size, config.overlap)
+        tower = Embedder(model.tower)
+        names = ['train', *(SELECTION if config.validate_every else ())]
+        vectors, labels = embed_all(tower, splits, run_dir / 'tower', names), train['label'].tolist()
+        seen = vectors['train']
+        if config.augmentation == 'flip':
+            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower' / 'mirrored.npz', desc='mirrored')
+            seen, labels = np.concatenate([seen, mirrored]), 2 * labels
+        started = time.time()
+
+        def validate(head):
+            return float(score_table('', '', {name: projected(head, vectors[name]) for name in SELECTION}, splits,
+                                     dims=(None,), split='selection_')['mp5'].iloc[0])
+
+        def report(step, loss, score):
+            rate = step * config.effective_batch / max(time.time() - started, 1e-9)
+            rows.append(dict(zip(LOGGED, (step, loss, config.head_lr, rate, score))))
+
+        model.head = fit_head(
+            seen, labels, dim=config.embedding_dim, subcenters=config.subcenters, scale=config.scale,
+            margins=(config.margin_min, config.margin_width), lr=config.head_lr, class_lr=config.class_lr or config.head_lr,
+            weight_decay=config.head_weight_decay, batch_size=config.effective_batch, epochs=config.epochs,
+            norm=config.head_norm, seed=config.seed, head_seed=config.head_seed,
+            validate=validate if config.validate_every else None, report=report)
+        if not keep_classes:
+            model.head.centers = nn.Parameter(torch.zeros(0, config.embedding_dim))
+        save_run(run_dir, model, config, data=describe(train))
+        config.save(run_dir / 'config.json')
+        write_text(run_dir / 'log.csv', pd.DataFrame(rows, columns=LOGGED).to_csv(index=False))
+    return model.eval()
+
+
+def projected(head, vectors, part=8192):
+    """Unit vectors float32 (n, dim) of a head, from those of the tower (n, d)."""
+    device = head.embedding.weight.device
+    with torch.inference_mode():
+        return torch.cat([F.normalize(head.embedding(head.norm(torch.from_numpy(np.ascontiguousarray(
+            vectors[start:start + part])).to(device)))) for start in range(0, len(vectors), part)]).cpu().numpy()

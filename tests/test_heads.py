@@ -1,0 +1,169 @@
+"""Heads: trained on cached vectors they find what plain vectors miss; as runs they are like any other."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import CONFIG, is_one_sentence, new_model
+
+from guie import heads
+from guie.checkpoints import load_run, open_checkpoint
+from guie.embedding import embed
+from guie.errors import Diverged
+from guie.heads import Mirrored, fit_head, projected, train_head
+from guie.images import ImageDataset
+from guie.model import Embedder, SubcenterHead
+from guie.recipes import follow_recipe, train
+from guie.retrieval import mean_precision_at_5
+from guie.soups import average_states
+from guie.splits import Splits
+from guie.submission import evaluate_submission, export_submission
+
+CACHED = follow_recipe(CONFIG.override(epochs=1), 'frozen-head').override(embedding_dim=16, effective_batch=16)
+
+
+def clusters(classes, each, seed, noise=.8):
+    """(unit vectors (n, 24), labels): four columns tell classes apart, twenty do not."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), each)
+    told = rng.standard_normal((classes, 4))[labels] + .2 * rng.standard_normal((len(labels), 4))
+    vectors = np.concatenate([told, noise * rng.standard_normal((len(labels), 20))], 1).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels
+
+
+def score(head, vectors, labels):
+    points = vectors if head is None else projected(head, vectors)
+    return mean_precision_at_5(points, labels, points, labels, exclude_self=True)
+
+
+@pytest.mark.parametrize('options', [{}, {'margins': (.05, .3), 'subcenters': 3}, {'norm': True}])
+def test_a_head_finds_classes_that_it_has_never_seen(options):
+    head = fit_head(*clusters(60, 20, 0), dim=16, lr=3e-3, epochs=10, batch_size=32, **options)
+    unseen = clusters(30, 6, 1)
+    assert score(head, *unseen) > score(None, *unseen) + .12
+    assert not head.training and head.embedding.weight.device.type == 'cpu'
+
+
+def test_the_loss_is_the_cross_entropy_of_scaled_cosines():
+    vectors, labels = clusters(6, 8, 0)
+    losses = []
+    fit_head(vectors, labels, dim=8, scale=9., lr=0., class_lr=0., dropout=0., batch_size=16, epochs=1, head_seed=3,
+             report=lambda *row: losses.append(row))
+    start = SubcenterHead(24, 6, dim=8, subcenters=1, seed=3)
+    with torch.no_grad():
+        embedded = F.normalize(torch.from_numpy(vectors) @ start.embedding.weight.T)
+        expected = F.cross_entropy(9 * embedded @ F.normalize(start.centers).T, torch.from_numpy(labels))
+    (step, loss, score_), = losses
+    assert step == 3 and loss == pytest.approx(float(expected), abs=1e-5) and score_ is None
+
+
+def test_the_seed_decides_and_a_memory_map_is_as_good_as_an_array(tmp_path):
+    vectors, labels = clusters(8, 10, 0)
+    np.save(tmp_path / 'vectors.npy', vectors)
+    mapped = np.load(tmp_path / 'vectors.npy', mmap_mode='r')
+    first, again, other = (fit_head(each, labels, dim=8, epochs=2, batch_size=16, seed=seed).embedding.weight
+                           for each, seed in ((vectors, 5), (mapped, 5), (vectors, 6)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_labels_of_any_kind_and_classes_of_one_image_train():
+    vectors, labels = clusters(5, 4, 0)
+    names = [f'class {label}' for label in labels]
+    names[0] = 'alone'
+    assert len(fit_head(vectors, names, dim=4, epochs=1, batch_size=8).centers) == 6
+
+
+def test_the_head_of_the_best_epoch_is_returned():
+    vectors, labels = clusters(8, 10, 0)
+    seen, scores = [], iter([.2, .9, .5, .4])
+
+    def validate(head):
+        assert not head.training
+        seen.append(head.embedding.weight.detach().clone())
+        return next(scores)
+
+    head = fit_head(vectors, labels, dim=8, epochs=4, batch_size=16, validate=validate)
+    assert torch.equal(head.embedding.weight, seen[1]) and not torch.equal(seen[1], seen[3])
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda vectors, labels: (vectors[:-1], labels), 'vectors have 40 labels'),
+    (lambda vectors, labels: (vectors, labels * 0), 'at least 2'),
+    (lambda vectors, labels: (vectors * np.where(np.arange(40) == 7, np.nan, 1)[:, None], labels), 'Vector 7 holds NaN'),
+    (lambda vectors, labels: (vectors[0], labels), 'give one label a row')])
+def test_vectors_that_cannot_train_are_one_sentence(spoil, words):
+    with pytest.raises(ValueError, match=words) as error:
+        fit_head(*spoil(*clusters(4, 10, 0)))
+    assert is_one_sentence(error)
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence():
+    with pytest.raises(Diverged, match='lower its learning rates') as error:
+        fit_head(*clusters(4, 10, 0), dim=4, lr=1e30, epochs=3, batch_size=8)
+    assert is_one_sentence(error)
+
+
+# Runs
+
+@pytest.fixture
+def splits(train):
+    return Splits(train=train, selection_query=train[::6], selection_index=train.drop(train.index[::6]))
+
+
+def test_a_run_of_a_frozen_tower_is_saved_like_any_other(splits, tmp_path, monkeypatch):
+    model = train(CACHED, splits, tmp_path / 'run')
+    bare = new_model()
+    assert all(torch.equal(tensor, bare.tower.state_dict()[name]) for name, tensor in model.tower.state_dict().items())
+    log = pd.read_csv(tmp_path / 'run/log.csv')
+    assert log['step'].tolist() == [4 * epoch for epoch in range(1, 21)] and log['loss'].iloc[-1] < log['loss'].iloc[0]
+    loaded = load_run(tmp_path / 'run', dim=None)
+    assert len(loaded.head.centers) == 0 and open_checkpoint(tmp_path / 'run').config == CACHED
+    vectors = embed(loaded, splits['train'])
+    expected = projected(loaded.head, embed(Embedder(bare.tower), splits['train']))
+    assert np.allclose(vectors, expected, atol=1e-6)
+    labels = splits['train']['label']
+    assert mean_precision_at_5(vectors, labels, vectors, labels, exclude_self=True) > .3
+    export_submission(loaded, tmp_path / 'submission.zip')
+    assert evaluate_submission(tmp_path / 'submission.zip', splits['train'][:6], splits['train'])['dim'] == 16
+    monkeypatch.setattr('guie.embedding.loader', lambda *_, **__: pytest.fail('the tower sees each image once'))
+    again = train(CACHED, splits, tmp_path / 'run')
+    assert torch.equal(again.head.embedding.weight, loaded.head.embedding.weight)
+
+
+def test_heads_of_one_tower_make_a_soup(splits, tmp_path):
+    runs = [tmp_path / name for name in ('a', 'b')]
+    weights = [train_head(CACHED.override(seed=seed), splits, run).head.embedding.weight for seed, run in enumerate(runs)]
+    soup = average_states(runs)
+    assert torch.allclose(soup['head.embedding.weight'], sum(weights) / 2) and not torch.equal(*weights)
+
+
+def test_with_flip_the_head_sees_mirrored_images_too(splits, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(heads, 'fit_head', lambda vectors, labels, **options: seen.append((vectors, labels)) or
+                        SubcenterHead(vectors.shape[1], 2, dim=16, subcenters=1))
+    train_head(CACHED.override(augmentation='flip'), splits, tmp_path / 'run')
+    (vectors, labels), = seen
+    tower, frame = Embedder(new_model().tower).eval(), splits['train']
+    assert len(vectors) == 2 * len(frame) and labels == 2 * frame['label'].tolist()
+    images = torch.stack([ImageDataset(frame, 32)[i]['image'] for i in range(4)])
+    with torch.inference_mode():
+        assert np.allclose(vectors[:4], tower(images), atol=1e-6)
+        assert np.allclose(vectors[len(frame):][:4], tower(images.flip(3)), atol=1e-6)
+        assert torch.equal(Mirrored(tower)(images), tower(images.flip(3)))
+
+
+def test_selection_objects_choose_the_epoch(splits, tmp_path):
+    train_head(CACHED.override(validate_every=1), splits, tmp_path / 'run')
+    log = pd.read_csv(tmp_path / 'run/log.csv')
+    model = load_run(tmp_path / 'run', dim=None)
+    query, index = (embed(model, splits[f'selection_{part}']) for part in ('query', 'index'))
+    found = mean_precision_at_5(query, splits['selection_query']['label'], index, splits['selection_index']['label'])
+    assert found == pytest.approx(log['selection'].max(), abs=1e-6)
+
+
+def test_a_next_stage_trains_on_with_the_classes(splits, tmp_path):
+    stages = ({'trains': 'cached head', 'epochs': 2}, {'trains': 'all', 'epochs': 1})
+    model = train(CONFIG.override(stages=stages, embedding_dim=16, class_lr=1e-2), splits, tmp_path / 'run')
+    first = open_checkpoint(tmp_path / 'run/run-stage-1/stage.safetensors')
+    assert len(first['head.centers']) == len(model.head.centers) == 36
+    assert not torch.equal(first['tower.proj'], model.tower.proj)
