@@ -17,7 +17,9 @@ from PIL import Image
 import demo
 import utilities
 from guie.checkpoints import save_state
+from guie.embedding import embed
 from guie.files import state_hash
+from guie.results import read_queries
 from tests.runs import is_one_sentence
 from tests.test_submission import images_of, needs_torch111, replay_on_host
 
@@ -157,10 +159,16 @@ def test_runs_leave_their_artifacts(runs):
     _, folder = runs
     for name in ('vit_h_224_none_small', 'vit_h_224_cutout_small', 'vit_l_336_none_small'):
         assert {path.name for path in (folder / name).iterdir()} >= {
-            'model.safetensors', 'config.json', 'log.csv', 'scores.csv', 'state', 'vectors'}
+            'model.safetensors', 'config.json', 'log.csv', 'scores.csv', 'queries.csv', 'vectors.npz', 'state', 'vectors'}
     assert utilities.load_run(folder / 'vit_l_336_none_small').spec.image_size == 96
     table = utilities.list_runs(folder)
-    assert set(table['method']) == {'training', 'uniform', 'greedy', 'wise-ft'} and len(table) == 9
+    assert set(table['method']) == {'training', 'uniform', 'greedy', 'wise-ft', 'ensemble', 'zero-shot'} and len(table) == 11
+    assert table[['mp5', 'low', 'high']].notna().all(axis=None)
+    for name, scored in table.set_index('run')['mp5'].items():  # what is loaded is what was scored
+        queries = read_queries(folder / name)
+        assert scored == pytest.approx(queries['precision'].mean())
+        assert embed(utilities.load_run(folder / name), queries.head(3)).shape[1] <= 64
+    assert (folder / 'explore.html').stat().st_size < 3e6
 
 
 def test_the_training_notebooks_report_each_kind_of_object(runs):
@@ -256,7 +264,7 @@ def test_the_zero_shot_notebook_runs_on_data_of_ones_own(runs, tmp_path):
                OVERRIDES={'image_size': 64}, VOCABULARY=str(tmp_path / 'names.json'), OUT_DIR=str(tmp_path), DATA=data)
     said = re.search(r'mP@5 of the file ([.\d]+), of the notebook ([.\d]+), on 30 queries', text(made))
     assert said and float(said[1]) == pytest.approx(float(said[2]), abs=.1)
-    assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 6
+    assert sum('image/png' in output.get('data', {}) for cell in made.cells for output in cell.get('outputs', [])) == 8
 
 
 def test_soup_without_ingredients_says_what_to_run_first(tmp_path):
