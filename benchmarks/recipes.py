@@ -103,7 +103,7 @@ def run(config, recipe, seed, splits, folder, test_time):
         config = follow_recipe(config.override(seed=seed, head_seed=seed), name).override(**changes)
         shutil.rmtree(folder, ignore_errors=True)
         model = utilities.train(config, splits, folder)
-        shutil.rmtree(folder / 'state')
+        shutil.rmtree(folder / 'state', ignore_errors=True)
         seen = sum(stage.epochs for stage in config.each_stage()) * len(splits['train'])
     facts = {'images': seen, 'seconds': round(time.time() - started)}
     return [scores | facts for scores in evaluate(model, splits, folder, test_time)]
