@@ -285,6 +285,15 @@ def pets(tmp_path_factory):
     return folder / 'pets', made, folder / 'runs'
 
 
+def test_a_head_on_a_frozen_tower_is_trained_by_a_recipe(pets, tmp_path):
+    folder, _, _ = pets
+    made = run('train_vit_h_224', tmp_path, DEMO=True, DATA=str(folder), RECIPE='frozen-head', OUT_DIR=str(tmp_path))
+    trained = utilities.load_run(tmp_path / 'vit_h_224_none_frozen-head_pets')
+    bare = utilities.load_image_tower('local-dir:media/miniature', 'miniature', 64).state_dict()
+    assert all(torch.equal(tensor, bare[name]) for name, tensor in trained.tower.state_dict().items())
+    assert 'cached head' in text(made) and len(pd.read_csv(tmp_path / 'vit_h_224_none_frozen-head_pets/log.csv')) == 60
+
+
 def test_a_training_notebook_runs_on_two_classes_of_two_images_and_says_what_gave_way(pets):
     folder, made, runs = pets
     assert all(output.get('name') != 'stderr' for cell in made.cells for output in cell.get('outputs', []))
