@@ -57,7 +57,7 @@ from guie.config import Config
 from guie.datasets import DATASETS, read_dataset
 from guie.embedding import embed, embed_all
 from guie.explore import explore
-from guie.heads import fit_head
+from guie.heads import fit_head, head_gains
 from guie.images import ImageDataset, read_image
 from guie.losses import adaptive_margins, arcface_loss
 from guie.maps import plot_similarities, show_map
@@ -66,7 +66,7 @@ from guie.model import Embedder, SubcenterHead, group_table, new_model, param_gr
 from guie.onnx_export import export_onnx
 from guie.pictures import compare_neighbours, show_augmentation, show_neighbours, show_objects
 from guie.plots import plot_basin, plot_dimensions, plot_logs, plot_margins, plot_scores, plot_wise
-from guie.projection import concatenate, fit_pca, l2_normalise, random_projection
+from guie.projection import concatenate, fit_pca, l2_normalise
 from guie.protocols import evaluate_benchmark
 from guie.publish import publish
 from guie.recipes import RECIPES, train
@@ -89,7 +89,7 @@ __all__ = [
     'DATASETS', 'read_dataset',
     'load_data', 'select_classes',
     'adaptive_margins', 'arcface_loss',
-    'concatenate', 'fit_pca', 'l2_normalise', 'random_projection',
+    'concatenate', 'fit_pca', 'l2_normalise',
     'mean_precision_at_5', 'nearest_neighbours', 'precision_at_5',
     'gain_table', 'paired_bootstrap', 'score_table', 'scores_by_domain',
     'load_image_tower',
@@ -100,7 +100,7 @@ __all__ = [
     'list_runs', 'save_ensemble', 'save_results',
     'evaluate_benchmark',
     'training_plan',
-    'fit_head',
+    'fit_head', 'head_gains',
     'fit',
     'RECIPES', 'train',
     'StateEmbedder', 'average_states', 'greedy_soup', 'interpolate_states', 'save_soup', 'sweep_alpha',

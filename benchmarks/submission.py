@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing  # noqa: E402
 
 import utilities  # noqa: E402
+from guie.projection import random_projection  # noqa: E402
 from guie.submission import load_submission  # noqa: E402
 
 TOWERS = {'miniature': ('local-dir:media/miniature', 'miniature', 100, 1e-5), 'ViT-B/16': ('ViT-B-16', 'random', 2, 1e-4)}
@@ -42,7 +43,7 @@ def row_for(name, options):
     clip = open_clip.create_model(model_name).eval()  # its default blocks
     tower = utilities.load_image_tower(model_name, pretrained)
     tower.load_state_dict(clip.visual.state_dict())
-    projection = utilities.random_projection(tower.spec.width).linear()
+    projection = random_projection(tower.spec.width).linear()
     images = torch.randint(256, (4 if options.quick else count, 1, 3, 480, 640), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch.jit is deprecated

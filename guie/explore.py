@@ -49,11 +49,11 @@ def explore(out_dir, path='explore.html'):
     chosen = choose_pair(len(runs), pairs)
     maps = draw_maps(runs, samples, images, sorted(range(len(runs)), key=lambda place: place not in chosen))
     pictures = draw_thumbnails(images, choose_thumbnails(found, scores))
-    data = {'title': printable(root.absolute().name), 'choice': chosen,
+    page = root / user_path(path)
+    data = {'title': printable(page.absolute().parent.name), 'choice': chosen,
             'runs': [run_table(run, *found[place]) | {'map': maps[place]} for place, run in enumerate(runs)],
             'pairs': {f'{a} {b}': pair for (a, b), pair in pairs.items()},
             'images': images.table() | {'picture': pictures}}
-    page = root / user_path(path)
     text = TEMPLATE.read_text('utf-8').replace('>DATA<', f'>{as_data(data)}<')
     write_text(page, text)
     print(printable(f'{page}: {len(runs)} run{"s" * (len(runs) > 1)}, {len(pictures):,} images, {len(text) / 1e6:.1f} MB; '

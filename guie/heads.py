@@ -85,6 +85,23 @@ def check_vectors(vectors, targets, classes, part=8192):
                              f'again.')
 
 
+def head_gains(vectors, splits, counts, dim=64, **options):
+    """What a head brings that is trained on few or many classes: DataFrame classes, images (to train on), mp5, low, high (of
+    never-seen objects at `dim` numbers, as in score_table). Row 0 is the vectors as they are.
+    vectors: {'pca', 'query', 'index'} of embed_all, at the tower's full width; the images of 'pca' are trained on. counts:
+    numbers of classes; of the seed's order the first so many are taken. options: of fit_head."""
+    labels = splits['pca']['label'].reset_index(drop=True)
+    order, rows = np.random.default_rng(5).permutation(labels.unique()), []
+    for count in dict.fromkeys([0, *(min(count, len(order)) for count in counts)]):
+        chosen, points = labels.isin(order[:count]).to_numpy(), vectors
+        if count:
+            head = fit_head(vectors['pca'][chosen], labels[chosen], **options)
+            points = {name: projected(head, vectors[name]) for name in ('pca', 'query', 'index')}
+        score = score_table('', '', points, splits, dims=[dim]).iloc[0]
+        rows.append({'classes': count, 'images': int(chosen.sum()), **score[['mp5', 'low', 'high']]})
+    return pd.DataFrame(rows)
+
+
 class Mirrored(nn.Module):
     """An Embedder that sees each image in a mirror."""
 

@@ -65,7 +65,8 @@ def load_text_tower(model_name, pretrained=''):
         bar = progress_bar(batches, 'texts', disable=len(batches) == 1)
         vectors = [model.encode_text(batch.to(best_device())).float().cpu() for batch in bar]
         if getattr(tokenizer, 'unknown', None):
-            print(f'{len(tokenizer.unknown)} words are unknown to {model_name}: '
+            count = len(tokenizer.unknown)
+            print(f'{count} {"word is" if count == 1 else "words are"} unknown to {model_name}: '
                   f'{", ".join(word for word, _ in tokenizer.unknown.most_common(8))}, …')
             tokenizer.unknown.clear()
         return torch.cat(vectors).numpy()

@@ -10,11 +10,12 @@ from guie import heads
 from guie.checkpoints import load_run, open_checkpoint
 from guie.embedding import embed
 from guie.errors import Diverged
-from guie.heads import Mirrored, fit_head, projected, train_head
+from guie.heads import Mirrored, fit_head, head_gains, projected, train_head
 from guie.images import ImageDataset
 from guie.model import Embedder, SubcenterHead
 from guie.recipes import follow_recipe, train
 from guie.retrieval import mean_precision_at_5
+from guie.scores import score_table
 from guie.soups import average_states
 from guie.splits import Splits
 from guie.submission import evaluate_submission, export_submission
@@ -101,6 +102,20 @@ def test_a_loss_that_is_not_finite_is_one_sentence():
     with pytest.raises(Diverged, match='lower its learning rates') as error:
         fit_head(*clusters(4, 10, 0), dim=4, lr=1e30, epochs=3, batch_size=8)
     assert is_one_sentence(error)
+
+
+def test_gains_are_those_of_heads_trained_on_the_first_classes_of_one_order():
+    parts = {'pca': clusters(40, 10, 0), 'query': clusters(20, 2, 1), 'index': clusters(20, 3, 1)}
+    vectors = {name: part[0] for name, part in parts.items()}
+    splits = {name: pd.DataFrame({'label': part[1]}) for name, part in parts.items()}
+    options = {'dim': 16, 'lr': 3e-3, 'batch_size': 32, 'epochs': 10}
+    table = head_gains(vectors, splits, [10, 40, 400], 8, **options)
+    assert table['classes'].tolist() == [0, 10, 40] and table['images'].tolist() == [0, 100, 400]
+    assert table['mp5'].iloc[0] == pytest.approx(score_table('', '', vectors, splits, dims=[8])['mp5'][0])
+    head = fit_head(vectors['pca'], parts['pca'][1], **options)
+    points = {name: projected(head, part) for name, part in vectors.items()}
+    assert table['mp5'].iloc[2] == pytest.approx(score_table('', '', points, splits, dims=[8])['mp5'][0])
+    assert table['mp5'].iloc[2] > table['mp5'].iloc[0] and (table['low'] < table['mp5']).all()
 
 
 # Runs

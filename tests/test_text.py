@@ -150,7 +150,7 @@ def test_unknown_words_are_reported_once_a_call(capsys):
     encode = load_text_tower(MINIATURE)
     vectors = encode(['hot dog', 'hot zyzzyva'])
     assert vectors.shape == (2, load_image_tower(MINIATURE).spec.width)
-    assert '1 words are unknown to local-dir:media/miniature: zyzzyva' in capsys.readouterr().out
+    assert '1 word is unknown to local-dir:media/miniature: zyzzyva' in capsys.readouterr().out
     encode(['hot dog'])
     assert 'unknown' not in capsys.readouterr().out
 
