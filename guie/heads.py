@@ -89,10 +89,10 @@ def head_gains(vectors, splits, counts, dim=64, **options):
     """What a head brings that is trained on few or many classes: DataFrame classes, images (to train on), mp5, low, high (of
     never-seen objects at `dim` numbers, as in score_table). Row 0 is the vectors as they are.
     vectors: {'pca', 'query', 'index'} of embed_all, at the tower's full width; the images of 'pca' are trained on. counts:
-    numbers of classes, of one order. options: of fit_head, but for its dim."""
+    numbers of classes, of one order; those below 2 are left out. options: of fit_head, but for its dim."""
     labels = splits['pca']['label'].reset_index(drop=True)
     order, rows = np.random.default_rng(5).permutation(labels.unique()), []
-    for count in dict.fromkeys([0, *(min(count, len(order)) for count in counts)]):
+    for count in dict.fromkeys([0, *(min(count, len(order)) for count in counts if min(count, len(order)) > 1)]):
         chosen, points = labels.isin(order[:count]).to_numpy(), vectors
         if count:
             head = fit_head(vectors['pca'][chosen], labels[chosen], **options)

@@ -109,7 +109,7 @@ def test_gains_are_those_of_heads_trained_on_the_first_classes_of_one_order():
     vectors = {name: part[0] for name, part in parts.items()}
     splits = {name: pd.DataFrame({'label': part[1]}) for name, part in parts.items()}
     options = {'lr': 3e-3, 'batch_size': 32, 'epochs': 10}
-    table = head_gains(vectors, splits, [10, 40, 400], 8, **options)
+    table = head_gains(vectors, splits, [0, 1, 10, 40, 400], 8, **options)
     assert table['classes'].tolist() == [0, 10, 40] and table['images'].tolist() == [0, 100, 400]
     assert table['mp5'].iloc[0] == pytest.approx(score_table('', '', vectors, splits, dims=[8])['mp5'][0])
     head = fit_head(vectors['pca'], parts['pca'][1], **options)
