@@ -104,7 +104,9 @@ def run(config, recipe, seed, splits, folder, test_time):
         shutil.rmtree(folder, ignore_errors=True)
         model = utilities.train(config, splits, folder)
         shutil.rmtree(folder / 'state', ignore_errors=True)
-        seen = sum(stage.epochs for stage in config.each_stage()) * len(splits['train'])
+        passes = [(1 + (stage.augmentation == 'flip')) if stage.trains == 'cached head' else stage.epochs
+                  for stage in config.each_stage()]  # of the tower over the images
+        seen = sum(passes) * len(splits['train'])
     facts = {'images': seen, 'seconds': round(time.time() - started)}
     return [scores | facts for scores in evaluate(model, splits, folder, test_time)]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import is_one_sentence, small_model
+from worlds import class_folders
 
 from guie import collection
 from guie.collection import SubmissionFile, cache_folders, collect, find_images, read_parts, vectors_of
@@ -21,11 +22,7 @@ MODEL = small_model().eval()
 @pytest.fixture
 def photos(train, tmp_path):
     """A folder of 3 class folders with 4 images each."""
-    for place, path in enumerate(train['path'][:12]):
-        to = tmp_path / 'photos' / 'abc'[place // 4] / f'{place}.jpg'
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, to)
-    return tmp_path / 'photos'
+    return class_folders(train, tmp_path / 'photos', 'abc', 4)
 
 
 @pytest.fixture

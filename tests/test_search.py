@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from runs import is_one_sentence, new_model, small_model
 from torch import nn
+from worlds import class_folders
 
 import demo
 from guie import collection, search
@@ -41,11 +42,7 @@ def closed_figures():
 @pytest.fixture
 def photos(train, tmp_path):
     """A folder of 4 class folders with 6 images each."""
-    for place, path in enumerate(train['path'][:24]):
-        to = tmp_path / 'photos' / 'abcd'[place // 6] / f'{place}.jpg'
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, to)
-    return tmp_path / 'photos'
+    return class_folders(train, tmp_path / 'photos', 'abcd', 6)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,7 @@
 """What several test files share: small files, small tables, and the notebooks' settings."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +36,15 @@ def table(counts, domain='things'):
     rows = [(f'/{domain}/{label}/{number:03d}.jpg', label, domain)
             for label, count in counts.items() for number in range(count)]
     return pd.DataFrame(rows, columns=['path', 'label', 'domain'])
+
+
+def class_folders(train, folder, names, each):
+    """A folder with so many of the images in each class folder of these names (letters)."""
+    for place, path in enumerate(train['path'][:len(names) * each]):
+        to = folder / names[place // each] / f'{place}.jpg'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    return folder
 
 
 def notebook_config(name):
