@@ -44,7 +44,9 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     paths, key = np.array(dataset.paths, str), vectors_hash(model) if caches else ''
     for file in caches:
         if (kept := cached_vectors(file, paths, key)) is not None:
-            return kept
+            if unreadable is not None:
+                unreadable += [path for path in kept[1] if path not in unreadable]
+            return kept[0]
     if not len(dataset):
         return np.zeros((0, model.spec.width), np.float32)
     home, device = next(model.parameters()).device, best_device()
@@ -62,11 +64,11 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
         bad = sorted(set(gather_object(bad)))
     vectors = vectors.cpu().numpy()
     if unreadable is not None:
-        unreadable += bad
+        unreadable += [path for path in bad if path not in unreadable]
     elif bad and rank == 0:
         print(f'{len(bad)} images could not be read, first {printable(bad[0])}; they count as a black square.')
     if cache and rank == 0:
-        save_vectors(cache, vectors, paths, key)
+        save_vectors(cache, vectors, paths, key, bad)
     if processes > 1:
         PartialState().wait_for_everyone()
     return vectors
@@ -94,26 +96,26 @@ def vectors_hash(model):
 
 
 def cached_vectors(file, paths, key):
-    """The vectors in an .npz file for these images and this model, or None."""
+    """(vectors, list of unreadable paths) in an .npz file for these images and this model, or None."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(user_path(file)) as kept:
         if str(kept['hash' if 'hash' in kept else 'digest']) == key and np.array_equal(kept['paths'], paths):
-            return kept['vectors']
+            return kept['vectors'], kept['unreadable'].tolist() if 'unreadable' in kept else []
 
 
-def save_vectors(file, vectors, paths, key):
+def save_vectors(file, vectors, paths, key, unreadable=()):
     """Saves an .npz file for cached_vectors. If the disk refuses, it prints that; only time is lost."""
     try:
         with whole_file(file) as beside:
-            np.savez(beside, vectors=vectors, paths=paths, hash=key)
+            np.savez(beside, vectors=vectors, paths=paths, hash=key, unreadable=np.array(unreadable, str))
     except OSError as error:
         print(f'{error} These vectors will be computed again the next time.')
 
 
-def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None):
+def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None, unreadable=None):
     """Vectors of several splits, on all GPUs, cached in `folder` if given: {name: float32 (n, dim)}.
-    known: a folder that may hold them already, such as an attached run's; it is only read."""
+    known: a folder that may hold them already, such as an attached run's; it is only read. unreadable: as in embed."""
     if isinstance(model, Ensemble):
-        parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number))
+        parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number), unreadable)
                  for number, member in enumerate(model.members, start=1)]
         return {name: joined(model, [part[name] for part in parts]) for name in names}
     processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
@@ -132,7 +134,7 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
             Splits(images).save(Path(job) / 'splits.csv')
             Path(job, 'files.json').write_text(json.dumps({name: files[name] for name in images}))
             launch('guie.embedding', job, processes, stops=False)
-        return {name: embed(model, splits[name], desc=name, **files[name]) for name in names}
+        return {name: embed(model, splits[name], desc=name, unreadable=unreadable, **files[name]) for name in names}
 
 
 def selection_score(model, splits):

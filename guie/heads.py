@@ -11,9 +11,10 @@ from guie.checkpoints import load_run, save_run
 from guie.distributed import best_device
 from guie.embedding import embed, embed_all
 from guie.errors import Diverged, InputError
-from guie.files import progress_bar, user_path, write_text
+from guie.files import printable, progress_bar, user_path, write_text
 from guie.losses import adaptive_margins, arcface_loss
 from guie.model import Embedder, SubcenterHead, new_model, resize
+from guie.projection import MAX_DIM, Projection, dims_of, fit_pca
 from guie.resume import LOGGED, run_lock
 from guie.scores import score_table
 from guie.splits import SELECTION, describe
@@ -39,8 +40,8 @@ def fit_head(vectors, labels, *, dim=512, subcenters=1, scale=16., margins=(0., 
     head.to(device)
     margin = adaptive_margins(counts, low=margins[0], width=margins[1]).to(device)
     optimiser = torch.optim.Adam([{'params': head.embedding.parameters(), 'lr': lr, 'weight_decay': weight_decay},
-                                  {'params': [head.centers], 'lr': class_lr}])
-    targets, batch_size, best = torch.from_numpy(targets), min(batch_size, len(targets)), (-np.inf, None)
+                                  {'params': [head.centers], 'lr': class_lr}], fused=True)
+    targets, batch_size, best = torch.from_numpy(targets), min(batch_size, len(targets)), (-np.inf, state_of(head))
     steps = len(targets) // batch_size
     with progress_bar(total=epochs * steps, desc='head') as bar:
         for epoch in range(epochs):
@@ -53,12 +54,19 @@ def fit_head(vectors, labels, *, dim=512, subcenters=1, scale=16., margins=(0., 
                 raise Diverged(f'The loss of the head is {loss} in epoch {epoch + 1}: lower its learning rates.')
             bar.set_postfix(loss=f'{loss:.3f}')
             score = validate(head.eval()) if validate else None
+            if score is not None and np.isnan(score):
+                raise InputError('The validation of the head is NaN: give it queries whose objects the index shows too.')
             if score is None or score > best[0]:
-                best = score or 0, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+                best = best[0] if score is None else score, state_of(head)
             if report:
                 report((epoch + 1) * steps, loss, score)
     head.load_state_dict(best[1])
     return head.cpu().eval()
+
+
+def state_of(head):
+    """A copy of a head's tensors."""
+    return {name: tensor.clone() for name, tensor in head.state_dict().items()}
 
 
 def head_step(head, optimiser, vectors, targets, rows, margin, scale, dropout):
@@ -126,11 +134,15 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
         resize(model, config.image_size, config.overlap)
         tower = Embedder(model.tower)
         names = ['train', *(SELECTION if config.validate_every else ())]
-        vectors, labels = embed_all(tower, splits, run_dir / 'tower', names), train['label'].tolist()
-        seen = vectors['train']
+        vectors = embed_all(tower, splits, run_dir / 'tower', names, unreadable=(bad := []))
+        readable = ~train['path'].isin(bad).to_numpy()
+        if bad:
+            print(f'{len(bad)} images could not be read, first {printable(bad[0])}; the head is not trained on them.')
+        seen, labels = vectors['train'][readable], train['label'][readable].tolist()
         if config.augmentation == 'flip':
-            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower' / 'mirrored.npz', desc='mirrored')
-            seen, labels = np.concatenate([seen, mirrored]), 2 * labels
+            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower' / 'mirrored.npz', desc='mirrored',
+                             unreadable=bad)
+            seen, labels = np.concatenate([seen, mirrored[readable]]), 2 * labels
         started = time.time()
 
         def validate(head):
@@ -143,7 +155,8 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
 
         model.head = fit_head(
             seen, labels, dim=config.embedding_dim, subcenters=config.subcenters, scale=config.scale,
-            margins=(config.margin_min, config.margin_width), lr=config.head_lr, class_lr=config.class_lr or config.head_lr,
+            margins=(config.margin_min, config.margin_width), lr=config.head_lr,
+            class_lr=config.head_lr if config.class_lr is None else config.class_lr,
             weight_decay=config.head_weight_decay, batch_size=config.effective_batch, epochs=config.epochs,
             norm=config.head_norm, seed=config.seed, head_seed=config.head_seed,
             validate=validate if config.validate_every else None, report=report)
@@ -161,3 +174,15 @@ def projected(head, vectors, part=8192):
     with torch.inference_mode():
         return torch.cat([F.normalize(head.embedding(head.norm(torch.from_numpy(np.ascontiguousarray(
             vectors[start:start + part])).to(device)))) for start in range(0, len(vectors), part)]).cpu().numpy()
+
+
+def head_projection(head, vectors, dim=MAX_DIM):
+    """A head and the PCA of what it makes of `vectors`, float32 (n, d), folded into one Projection (d -> dim).
+    With it save_ensemble makes a run of several towers and a head on their joined vectors (concatenate). ValueError: a head
+    with batch normalisation, or what fit_pca refuses."""
+    if not isinstance(head.norm, nn.Identity):
+        raise InputError('A head with batch normalisation (norm=True) does not fold into one map: fit it without.')
+    weight, vectors = head.embedding.weight.detach().double().numpy(), np.asarray(vectors, np.float64)
+    outputs = vectors @ weight.T
+    pca = fit_pca(outputs, dims_of(outputs, dim))
+    return Projection(vectors.mean(0), pca.components @ weight, pca.explained_variance_ratio)

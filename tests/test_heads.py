@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from runs import CONFIG, is_one_sentence, new_model
 
-from guie import heads
-from guie.checkpoints import load_run, open_checkpoint
-from guie.embedding import embed
-from guie.errors import Diverged
-from guie.heads import Mirrored, fit_head, head_gains, projected, train_head
+from guie import heads, towers
+from guie.checkpoints import load_run, open_checkpoint, save_run
+from guie.embedding import embed, embed_all
+from guie.errors import Diverged, InputError
+from guie.heads import Mirrored, fit_head, head_gains, head_projection, projected, train_head
 from guie.images import ImageDataset
 from guie.model import Embedder, SubcenterHead
+from guie.projection import concatenate, fit_pca, l2_normalise
 from guie.recipes import follow_recipe, train
+from guie.results import save_ensemble, save_results
 from guie.retrieval import mean_precision_at_5
 from guie.scores import score_table
 from guie.soups import average_states
@@ -85,6 +87,14 @@ def test_the_head_of_the_best_epoch_is_returned():
 
     head = fit_head(vectors, labels, dim=8, epochs=4, batch_size=16, validate=validate)
     assert torch.equal(head.embedding.weight, seen[1]) and not torch.equal(seen[1], seen[3])
+
+
+def test_a_validation_without_a_score_is_one_sentence_and_no_epochs_leave_the_first_weights():
+    with pytest.raises(InputError, match='validation of the head is NaN') as error:
+        fit_head(*clusters(4, 10, 0), dim=4, epochs=1, validate=lambda head: np.nan)
+    assert is_one_sentence(error)
+    start = SubcenterHead(24, 4, dim=4, subcenters=1, seed=3)
+    assert torch.equal(fit_head(*clusters(4, 10, 0), dim=4, epochs=0, head_seed=3).embedding.weight, start.embedding.weight)
 
 
 @pytest.mark.parametrize('spoil, words', [
@@ -182,3 +192,70 @@ def test_a_next_stage_trains_on_with_the_classes(splits, tmp_path):
     first = open_checkpoint(tmp_path / 'run/run-stage-1/stage.safetensors')
     assert len(first['head.centers']) == len(model.head.centers) == 36
     assert not torch.equal(first['tower.proj'], model.tower.proj)
+
+
+def test_a_last_stage_of_no_epochs_only_changes_the_side_to_search_at(splits, tmp_path):
+    stages = ({'trains': 'cached head', 'epochs': 2}, {'epochs': 0, 'image_size': 48})
+    model = train(CONFIG.override(stages=stages, embedding_dim=16), splits, tmp_path / 'run')
+    first = open_checkpoint(tmp_path / 'run/run-stage-1/stage.safetensors')
+    assert torch.equal(first['head.embedding.weight'], model.head.embedding.weight)
+    assert torch.equal(first['tower.proj'], model.tower.proj)
+    assert model.spec.image_size == 48 and load_run(tmp_path / 'run', dim=None).spec.image_size == 48
+
+
+def test_a_head_is_not_trained_on_images_that_cannot_be_read(splits, tmp_path, monkeypatch, capsys):
+    frame, seen = splits['train'].copy(), []
+    (tmp_path / 'broken.jpg').write_bytes(b'no image')
+    frame.loc[frame.index[3], 'path'] = str(tmp_path / 'broken.jpg')
+    monkeypatch.setattr(heads, 'fit_head', lambda vectors, labels, **options: seen.append((vectors, labels)) or
+                        SubcenterHead(vectors.shape[1], 2, dim=16, subcenters=1))
+    for augmentation in ('flip', 'none'):  # the second one finds the vectors in files
+        train_head(CACHED.override(augmentation=augmentation), Splits(train=frame), tmp_path / 'run')
+        assert f'1 images could not be read, first {tmp_path}/broken.jpg; the head is not' in capsys.readouterr().out
+    labels = frame['label'].drop(frame.index[3]).tolist()
+    assert [len(vectors) for vectors, _ in seen] == [2 * len(labels), len(labels)]
+    assert [told for _, told in seen] == [2 * labels, labels]
+    expected = embed(Embedder(new_model().tower), frame.drop(frame.index[3]))
+    assert np.allclose(seen[1][0], expected, atol=1e-6) and np.allclose(seen[0][0][:len(labels)], expected, atol=1e-6)
+
+
+def test_a_class_rate_of_nothing_leaves_the_classes_as_they_are(splits, tmp_path):
+    model = train_head(CACHED.override(class_lr=0), splits, tmp_path / 'run', keep_classes=True)
+    start = SubcenterHead(model.spec.width, 12, dim=16, subcenters=1, seed=CACHED.head_seed)
+    assert torch.equal(model.head.centers, start.centers)
+    assert not torch.equal(model.head.embedding.weight, start.embedding.weight)
+
+
+# Joined towers
+
+def test_a_head_and_the_pca_behind_it_fold_into_one_projection():
+    vectors, labels = clusters(20, 10, 0)
+    head = fit_head(vectors, labels, dim=16, lr=3e-3, epochs=5, batch_size=32)
+    outputs = vectors @ head.embedding.weight.detach().numpy().T
+    folded = head_projection(head, vectors, dim=8)
+    assert np.allclose(folded(vectors), fit_pca(outputs, 8)(outputs), atol=1e-5)
+    with pytest.raises(InputError, match='does not fold'):
+        head_projection(fit_head(vectors, labels, dim=4, epochs=1, norm=True), vectors)
+
+
+def test_a_head_on_the_joined_vectors_of_several_towers_is_a_run(splits, tmp_path):
+    for name, side in (('small', 32), ('large', 48)):
+        config = CONFIG.override(image_size=side)
+        save_run(tmp_path / name, Embedder(towers.load_image_tower(config.model_name, config.pretrained, side)), config)
+    members = [load_run(tmp_path / name, dim=None) for name in ('small', 'large')]
+    parts = Splits(train=splits['train'], pca=splits['train'], query=splits['selection_query'],
+                   index=splits['selection_index'])
+    each = [embed_all(member, parts, names=('train', 'pca', 'query', 'index')) for member in members]
+    vectors = {name: concatenate([one[name] for one in each]) for name in each[0]}
+    head = fit_head(vectors['train'], parts['train']['label'], dim=16, epochs=20, batch_size=16, lr=3e-3)
+    projection = head_projection(head, vectors['train'], dim=8)
+    table = score_table('joined', 'both', vectors, parts, dims=[8], projection=projection)
+    save_ensemble(tmp_path / 'joined', [tmp_path / 'small', tmp_path / 'large'], projection)
+    save_results(tmp_path / 'joined', table, vectors, parts, projection)
+    found = embed_all(load_run(tmp_path / 'joined', dim=8), parts, names=('query', 'index'))
+    for name, points in found.items():
+        assert np.allclose(points, l2_normalise(projection(vectors[name])), atol=1e-5)
+    plain = score_table('joined', 'both', vectors, parts, dims=[8])['mp5'].iloc[0]
+    assert table['mp5'].iloc[0] > plain
+    export_submission(tmp_path / 'joined', tmp_path / 'submission.zip')
+    assert evaluate_submission(tmp_path / 'submission.zip', splits['train'][:6], splits['train'])['dim'] == 8
