@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import frozen_head  # noqa: E402
 import timing  # noqa: E402
 
 import demo  # noqa: E402  (the repository's root is not a package)
@@ -204,6 +205,12 @@ def submission(quick):
              'against': f'largest difference from the CPU {apart:.1e}'}]
 
 
+def cached_head(quick):
+    """An epoch of a head on cached vectors, as many as the competition has."""
+    sizes = (1_000, 32, 100) if quick else (frozen_head.IMAGES, frozen_head.WIDTH, frozen_head.CLASSES)
+    return [frozen_head.row(*sizes)]
+
+
 def neighbours(quick):
     """nearest_neighbours on the GPU, where TF32 is allowed, against the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -249,7 +256,7 @@ def resume(quick):
 def parts(towers):
     """{name: function of quick that returns rows}."""
     return {**{f'training {tower}': partial(train_tower, tower) for tower in towers}, 'options': options,
-            'embedding': embedding, 'vectors': vectors, 'submission': submission,
+            'embedding': embedding, 'vectors': vectors, 'submission': submission, 'cached head': cached_head,
             'neighbours': neighbours, 'resume': resume}
 
 
