@@ -8,9 +8,9 @@ FOLDER holds train.csv, query.csv and index.csv (path,label). A finished run add
 run again, so the benchmark may be stopped at any time. Prints markdown tables of mP@5, mean ± standard deviation over the
 seeds: on the selection objects at 64 dimensions, to choose a recipe by; on never-seen objects, to report on, at the head's
 full width and at 64 dimensions (d64); the gain in d64 over place4, seed by seed, with its 95 % interval over kinds of object
-(paired bootstrap of the seeds' mean). Two things may follow training with any recipe, and have lines of their own: patches
-that overlap by half of their side, if they do not overlap yet; and test-time augmentation, the mean of an image and its
-mirror image at 1 and 1.5 times the side.
+(paired bootstrap of the seeds' mean). Three things may follow training with any recipe, and have lines of their own: patches
+that overlap by half of their side, if they do not overlap yet; 3/2 of the side, if the recipe trained at no other; and
+test-time augmentation, the mean of an image and its mirror image at 1 and 1.5 times the side.
 """
 import argparse
 import copy
@@ -67,13 +67,16 @@ def load_world(world, folder, config):
         for part in worlds[world.split(' and ')[0]]})
 
 
-def evaluate(model, splits, folder, test_time):
+def evaluate(model, splits, folder, test_time, side):
     """[{after, SCORES}]: mP@5 of a model, as it is and with what may follow training. Saves the score of every query at 64
-    dimensions in folder/precisions.npz."""
-    models, tower = {'': model}, model.tower
-    if isinstance(tower, VisionTransformer) and tower.conv1.stride == tower.conv1.kernel_size:
-        models['overlap'] = copy.deepcopy(model)
-        resize(models['overlap'], model.spec.image_size, .5)
+    dimensions in folder/precisions.npz. side: what the recipe was told to train at."""
+    tower, here, models = model.tower, model.spec.image_size, {}
+    own = 1 - tower.conv1.stride[0] / tower.conv1.kernel_size[0] if isinstance(tower, VisionTransformer) else None
+    for larger in (False, True) if here == side else (False,):
+        for overlap in (0, .5) if own == 0 else (own or 0,):
+            name = ', '.join(['3/2 side'] * larger + ['overlap'] * (own == 0 and overlap > 0))
+            models[name] = copy.deepcopy(model)
+            resize(models[name], side * 3 // 2 if larger else here, overlap)
     if test_time:
         models['test-time'] = utilities.Submission([model], flip=True, sizes=(1, 1.5))
         models['test-time'].spec = replace(model.spec, image_size=model.spec.image_size * 3 // 2)
@@ -94,7 +97,7 @@ def evaluate(model, splits, folder, test_time):
 
 def run(config, recipe, seed, splits, folder, test_time):
     """One run: its scores, images seen, and seconds of training."""
-    started = time.time()
+    started, side = time.time(), config.image_size
     if recipe == 'untrained':
         model, seen = utilities.Embedder(utilities.new_model(config, 1).tower), 0
     else:
@@ -108,7 +111,7 @@ def run(config, recipe, seed, splits, folder, test_time):
                   for stage in config.each_stage()]  # of the tower over the images
         seen = sum(passes) * len(splits['train'])
     facts = {'images': seen, 'seconds': round(time.time() - started)}
-    return [scores | facts for scores in evaluate(model, splits, folder, test_time)]
+    return [scores | facts for scores in evaluate(model, splits, folder, test_time, side)]
 
 
 def once(line, file, make):

@@ -19,13 +19,17 @@ def halves(config, first, second):
     return {'stages': (first | {'epochs': half}, second | {'epochs': max(1, config.epochs - half)})}
 
 
-FROZEN_HEAD = {'trains': 'cached head', 'subcenters': 1, 'scale': 16., 'margin_min': 0., 'margin_width': 0.,  # no margin
-               'head_lr': 2.5e-4, 'class_lr': 1e-2, 'head_weight_decay': 1e-6, 'effective_batch': 128, 'batch_size': None}
+COSINE = {'scale': 16., 'margin_min': 0., 'margin_width': 0.}  # softmax of cosines, without a margin
+FROZEN_HEAD = COSINE | {'trains': 'cached head', 'head_lr': 2.5e-4, 'class_lr': 1e-2, 'head_weight_decay': 1e-6,
+                        'effective_batch': 128, 'batch_size': None}
 
 RECIPES = {  # what each changes in a configuration; places are those of the challenge
     'place4': lambda config: {},
+    # benchmarks/recipes.py: what gained most on both of its worlds, more pixels (and tokens) for training and search
+    'best': lambda config: {'image_size': config.image_size * 3 // 2},
     # Kumar 2022, arXiv 2202.10054: the head alone first, so that a random one does not distort the tower
-    'lp-ft': lambda config: halves(config, {'trains': 'head'}, {'trains': 'all', 'head_lr': config.head_lr / 10}),
+    'lp-ft': lambda config: {'subcenters': 1, 'stages': (
+        FROZEN_HEAD | {'epochs': 20 * config.epochs, 'augmentation': 'none'}, COSINE | {'head_lr': 1e-4, 'class_lr': 1e-3})},
     # 1st: a 64-d head first, which is then frozen while the tower trains
     'locked-head': lambda config: {'embedding_dim': 64} | halves(config, {'trains': 'head'}, {'trains': 'tower'}),
     # 2nd: the tower a thousand times slower than the head, then not at all; wider margins every epoch
@@ -38,7 +42,7 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
     # 1st: overlapping patches at the end
     'overlap': lambda config: halves(config, {}, {'overlap': .5}),
     # Linear adaptation (ILIAS 2025): the tower as it is, a head on vectors that it gives once
-    'frozen-head': lambda config: FROZEN_HEAD | {'epochs': 20 * config.epochs},
+    'frozen-head': lambda config: FROZEN_HEAD | {'subcenters': 1, 'epochs': 20 * config.epochs},
 }
 
 

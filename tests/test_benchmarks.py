@@ -100,16 +100,16 @@ def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(recipes, trai
         return recipes.run(CONFIG, line['recipe'], line['seed'], splits, recipes.run_folder(tmp_path, line),
                            line['recipe'] == 'place4')
 
-    asked = [('untrained', 5), ('place4', 5), ('lp-ft,scale=20', 5), ('untrained', 6), ('place4', 5)]
+    asked = [('untrained', 5), ('place4', 5), ('best,scale=20', 5), ('untrained', 6), ('place4', 5)]
     for recipe, seed in asked:
         line = dict(zip(recipes.SETTING, ['tiny', 'miniature', 32, 2, 50])) | {'recipe': recipe, 'seed': seed}
         recipes.once(line, file, partial(make, line))
     results = pd.read_csv(file).fillna({'after': ''})
-    assert made == ['untrained', 'place4', 'lp-ft,scale=20']
+    assert made == ['untrained', 'place4', 'best,scale=20']
     assert results[['recipe', 'after']].agg(' '.join, axis=1).tolist() == [
-        'untrained ', 'untrained overlap', 'place4 ', 'place4 overlap', 'place4 test-time', 'lp-ft,scale=20 ',
-        'lp-ft,scale=20 overlap']
-    assert results['images'].tolist() == [0] * 2 + [2 * 72] * 5
+        'untrained ', 'untrained overlap', 'untrained 3/2 side', 'untrained 3/2 side, overlap', 'place4 ', 'place4 overlap',
+        'place4 3/2 side', 'place4 3/2 side, overlap', 'place4 test-time', 'best,scale=20 ', 'best,scale=20 overlap']
+    assert results['images'].tolist() == [0] * 4 + [2 * 72] * 7
     assert results[recipes.SCORES].notna().all(axis=None)
     for line in results.to_dict('records'):
         kept = np.load(recipes.run_folder(tmp_path, line) / 'precisions.npz')
@@ -120,10 +120,10 @@ def test_the_bench_runs_a_recipe_once_and_compares_it_seed_by_seed(recipes, trai
     for line in (trained.iloc[0].to_dict(), trained.iloc[-1].to_dict()):
         assert Config.load(recipes.run_folder(tmp_path, line) / 'config.json').seed == 5
         shutil.copytree(recipes.run_folder(tmp_path, line), recipes.run_folder(tmp_path, line | {'seed': 6}))
-    trained.loc[trained['recipe'] == 'lp-ft,scale=20', 'd64'] = trained['d64'].iloc[0] + .1
+    trained.loc[trained['recipe'] == 'best,scale=20', 'd64'] = trained['d64'].iloc[0] + .1
     lines = list(recipes.table(pd.concat([trained, trained.assign(seed=6)]), tmp_path))
     assert '144 images' in lines[1] and lines[4].startswith('| place4 ') and '| – | – | 2 |' in lines[4]
-    assert lines[-1].startswith('| lp-ft,scale=20, then overlap ') and '| +0.100 ± 0.000 | ' in lines[-1]
+    assert lines[-1].startswith('| best,scale=20, then overlap ') and '| +0.100 ± 0.000 | ' in lines[-1]
 
 
 def test_two_worlds_are_two_domains(recipes, tmp_path, monkeypatch):

@@ -33,8 +33,9 @@ def splits(train):
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_a_recipe_trains_for_as_many_epochs_as_the_configuration_says(recipe):
     config = follow_recipe(CONFIG.override(epochs=4), recipe)
-    cheap = 20 if recipe == 'frozen-head' else 1  # epochs over vectors, of which each takes a moment
-    assert sum(stage.epochs for stage in config.each_stage()) == 4 * cheap
+    cached = [stage.epochs for stage in config.each_stage() if stage.trains == 'cached head']  # over vectors: a moment each
+    assert cached == ([80] if recipe in ('frozen-head', 'lp-ft') else [])
+    assert sum(stage.epochs for stage in config.each_stage()) - sum(cached) == (0 if recipe == 'frozen-head' else 4)
     assert (config == CONFIG.override(epochs=4)) == (recipe == 'place4')
 
 
@@ -42,8 +43,19 @@ def test_the_recipes_of_the_other_places_are_there():
     assert {'place4', 'lp-ft', 'locked-head', 'slow-tower', 'direct-64', 'hi-res', 'overlap'} <= set(RECIPES)
 
 
+def test_lp_ft_fine_tunes_from_a_head_on_cached_vectors_whatever_the_augmentation(splits, tmp_path):
+    config = follow_recipe(CONFIG.override(augmentation='happywhale'), 'lp-ft')
+    assert [stage.augmentation for stage in config.each_stage()] == ['none', 'happywhale']
+    recipes.train(config, splits, tmp_path / 'run')
+    first, last = (open_checkpoint(tmp_path / file) for file in ('run/run-stage-1/stage.safetensors', 'run'))
+    start = new_model(config).state_dict()
+    assert torch.equal(first['tower.proj'], start['tower.proj']) and not torch.equal(first['tower.proj'], last['tower.proj'])
+    for name in ('head.embedding.weight', 'head.centers'):  # it goes on from there
+        assert (last[name] - first[name]).norm() < (last[name] - start[name]).norm()
+
+
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(ValueError, match="no recipe 'place1'; choose place4, lp-ft"):
+    with pytest.raises(ValueError, match="no recipe 'place1'; choose place4, best"):
         follow_recipe(CONFIG, 'place1')
     assert follow_recipe(CONFIG, None) == CONFIG
 
