@@ -33,6 +33,28 @@ def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
     assert header in run.stdout and run.stdout.rstrip().endswith('|')
 
 
+def test_growth_measures_every_part_at_sizes_ten_times_apart_and_draws_them(tmp_path):
+    command = [sys.executable, 'benchmarks/growth.py', '--quick', '--picture', str(tmp_path / 'growth.png')]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [line.strip('| ').split(' | ') for line in run.stdout.splitlines() if line.startswith('|')][2:]
+    assert len(rows) == 12
+    for part, measured, exponent in rows:
+        sizes, seconds = zip(*[(int(size.replace(',', '')), float(found.split()[0])) for size, found in (
+            cell.split(': ') for cell in measured.split('; '))])
+        assert sizes[1] == 10 * sizes[0] and min(seconds) > 0, part
+        assert float(exponent) == pytest.approx(np.log10(seconds[1] / seconds[0]), abs=.02), part
+    assert (tmp_path / 'growth.png').stat().st_size > 10_000
+
+
+def test_the_head_of_the_competitions_size_is_measured_by_an_epoch():
+    run = subprocess.run([sys.executable, 'benchmarks/frozen_head.py', '--quick'], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    work, measured, against = run.stdout.splitlines()[-1].strip('| ').split(' | ')
+    step, minutes = float(measured.split()[2]), float(against.split(': ')[1].split()[0])
+    assert '1,000 × 32' in work and minutes == pytest.approx(20 * 2578 * step / 60_000, rel=.05, abs=.06)
+
+
 @pytest.mark.parametrize(('ours', 'aim', 'reached'), [
     (.8, '≤ 0.80', 'yes'), (.81, '≤ 0.80', 'no'), (4, '≥ 4.0', 'yes'), (3.9, '≥ 4.0', 'no'), (1, '', '')])
 def test_an_aim_is_reached_from_the_right_side(ours, aim, reached):
