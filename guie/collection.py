@@ -187,7 +187,7 @@ def collect(frame, root, model, folders, kind='vectors'):
     kind: how the names of the folders below begin. An image that cannot be read is remembered until it changes; what is gone
     leaves. FileError if none can be read."""
     folders = [folder / f'{kind}-{hash_of(model)}' for folder in folders]
-    frame = frame.assign(**dict(zip(['size', 'mtime'], np.array([*map(state_of, frame['path'])], np.int64).T)))
+    frame = with_states(frame)
     parts, stored, places = look_up(frame, folders)
     new = frame[(places < 0) & (frame['size'] >= 0)]
     if len(new):
@@ -207,6 +207,24 @@ def collect(frame, root, model, folders, kind='vectors'):
     whole = table['part'].nunique() == 1 and np.array_equal(table['row'], np.arange(len(table)))
     vectors = parts[table['part'].iloc[0]].vectors[:len(table)] if whole else gather(parts, table)
     return Collection(frame.drop(columns='file').reset_index(drop=True), vectors, unreadable)
+
+
+def with_states(frame):
+    """A table of images with the columns size and mtime of state_of."""
+    return frame.assign(**dict(zip(['size', 'mtime'], np.array([*map(state_of, frame['path'])], np.int64).reshape(-1, 2).T)))
+
+
+def missing(frame, model, folders, kind='vectors'):
+    """Those of some images, with their states, that the folders do not hold for this model."""
+    frame = with_states(frame)
+    *_, places = look_up(frame, [folder / f'{kind}-{hash_of(model)}' for folder in folders])
+    return frame[(places < 0) & (frame['size'] >= 0)]
+
+
+def embed_share(frame, model, folders, rank, processes):
+    """Embeds what the folders lack of every processes-th image, from the rank-th on, and leaves it there for collect."""
+    mine = missing(frame.iloc[rank::processes], model, folders)
+    embed_new(mine, model, folders[-1] / f'vectors-{hash_of(model)}')
 
 
 def embed_new(new, model, folder):

@@ -101,9 +101,9 @@ def stop_requested(folder):
     return True
 
 
-def launch(module, folder, processes, *, stops=True):
-    """Runs `python -m module folder` in several processes by accelerate launch, and prints what they print. Their output
-    goes through files, since a pipe would break when the notebook is killed, before they have saved.
+def launch(module, folder, processes, *more, stops=True):
+    """Runs `python -m module folder *more` in several processes by accelerate launch, and prints what they print. Their
+    output goes through files, since a pipe would break when the notebook is killed, before they have saved.
     The stop button asks them to stop after the current step; a second press kills them. stops=False: for a module that never
     asks stop_requested; the first press kills it. An error in one of them is raised here as itself; RuntimeError if they
     could not start or were killed."""
@@ -112,7 +112,7 @@ def launch(module, folder, processes, *, stops=True):
         (folder / name).unlink(missing_ok=True)
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(processes),
                '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
-               '-m', module, str(folder)]
+               '-m', module, str(folder), *map(str, more)]
     home = f'{Path(__file__).resolve().parents[1]}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
     environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes)), **os.environ, 'PYTHONPATH': home,
                    'PYTHONUNBUFFERED': '1', 'GUIE_NOTEBOOK': str(os.getpid())}

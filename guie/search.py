@@ -1,5 +1,7 @@
-"""Search: one's own images found by image or text."""
+"""Search: one's own images found by image or text.
+`accelerate launch -m guie.search RUN FOLDER` embeds the images of a folder before, on any number of GPUs and machines."""
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +16,18 @@ from torch import nn
 
 from guie.cells import Cell, draw_cells, name_of
 from guie.checkpoints import load_run
-from guie.collection import SubmissionFile, cache_folders, collect, find_images, state_of, vectors_of
-from guie.distributed import best_device
+from guie.collection import (
+    SubmissionFile,
+    cache_folders,
+    collect,
+    embed_share,
+    find_images,
+    missing,
+    state_of,
+    vectors_of,
+)
+from guie.distributed import best_device, launch, processes_here, report_error
+from guie.embedding import WORTH_LAUNCHING
 from guie.errors import FileError, InputError, MissingError
 from guie.files import printable, user_path
 from guie.images import to_rgb
@@ -36,8 +48,9 @@ class Search:
     run: the folder of a run, a soup or the ensemble, a submission.zip, or a loaded Embedder or Ensemble. folder: a folder of
     images, arranged in any way, or a table with a column path (and perhaps label). Vectors are kept in the run's folder
     (search/<folder>-<hash of its path>), or in runs/search where that cannot be written, or in `cache`; only new and changed
-    images are embedded, and a stopped session loses 2,000 at most (20,000 with a GPU). Images that cannot be read are named
-    and left out. faiss: whether to build an index of faiss in memory; None: for more than a million images, if faiss is
+    images are embedded, and a stopped session loses 2,000 at most (20,000 with a GPU). Several GPUs share 20,000 or more; so
+    do several machines that see the same folders, by `accelerate launch` before. Images that cannot be read are named and
+    left out. faiss: whether to build an index of faiss in memory; None: for more than a million images, if faiss is
     installed. It then looks at a part of the images, takes a minute or more to build, answers in milliseconds and prints its
     recall. For fewer it compares all, which is no faster than without.
     files: DataFrame path, size, mtime and, where the images lie in several folders, label (the folder's name). vectors:
@@ -46,7 +59,9 @@ class Search:
     def __init__(self, run, folder, *, cache=None, faiss=None):
         self.images, self.root = find_images(folder)
         self.model, home, self.name = open_model(run)
-        self.folders = cache_folders(self.root, home, os.path.basename(home.absolute() if home else self.name), cache)
+        self.folders = cache_folders(self.root, home, name_of_home(home, self.name), cache)
+        if isinstance(run, (str, Path)) and isinstance(folder, (str, Path)):
+            embed_on_all_gpus(user_path(run), self.root, self.images, self.model, self.folders, cache)
         self.collection = collect(self.images, self.root, self.model, self.folders)
         self.files, self.vectors = self.collection.files, self.collection.vectors
         self.unreadable = self.collection.unreadable
@@ -138,6 +153,11 @@ def open_model(run):
     if path.suffix.lower() == '.zip':
         return SubmissionFile(load_submission(path), path), home, str(path)
     return load_run(path).to(best_device()), home, str(path)
+
+
+def name_of_home(home, name):
+    """What the folder of a model's vectors is called where its own folder cannot be written."""
+    return os.path.basename(home.absolute() if home else name)
 
 
 @contextmanager
@@ -267,3 +287,28 @@ def draw_found(found, query=None, title='', columns=10, size=96):
     elif title:
         rows[0][0] = replace(rows[0][0], left=title)
     draw_cells(rows, size, {})
+
+
+# Several processes
+
+def embed_on_all_gpus(run, root, images, model, folders, cache):
+    """Launches a process a GPU where there are several, and many images without a vector; else collect does what is left."""
+    if processes_here() > 1 and run.is_dir() and len(images) >= WORTH_LAUNCHING:
+        if len(missing(images, model, folders)) >= WORTH_LAUNCHING:
+            launch('guie.search', run, processes_here(), root, *([] if cache is None else [cache]), stops=False)
+
+
+def main(run, folder, cache=None):
+    """One of several launched processes: embeds its share of the images that have no vectors yet, for a Search(run, folder)
+    to find. Each works alone: none waits for another, what is written stays if one is killed, and the same command goes on
+    from there, with as many processes as there are then."""
+    rank, processes, gpu = (int(os.environ.pop(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    images, root = find_images(folder)
+    model, home, name = open_model(run)
+    embed_share(images, model, cache_folders(root, home, name_of_home(home, name), cache), rank, max(1, processes))
+
+
+if __name__ == '__main__':
+    report_error(sys.argv[1], lambda: main(*sys.argv[1:]))

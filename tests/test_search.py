@@ -1,6 +1,8 @@
 """Search: what is found is what comparing all vectors finds, by image and by text, and bad input is one sentence."""
 import os
 import shutil
+import subprocess
+import sys
 from math import comb
 from pathlib import Path
 
@@ -409,3 +411,50 @@ def test_models_without_a_text_half_say_why_and_what_to_do(photos, train, tmp_pa
         with pytest.raises(InputError, match=f'{words} no text half: search by the run of one open_clip model') as error:
             Search(run, train.head(3), cache=tmp_path / 'kept').text('apple')
         assert is_one_sentence(error)
+
+
+# Several processes
+
+KILLED = """
+import os, signal, sys
+from guie import collection, search
+collection.PART, write = 2, collection.write_part
+def write_one_and_die(*given):
+    write(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == 'dies':
+    collection.write_part = write_one_and_die
+search.main(*sys.argv[2:])
+"""
+
+
+def share(rank, fate, *given):
+    """One of two processes, by hand -> its exit code."""
+    environment = os.environ | {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)}
+    return subprocess.run([sys.executable, '-c', KILLED, fate, *map(str, given)], env=environment).returncode
+
+
+def test_of_two_processes_one_is_killed_and_the_same_command_goes_on_from_there(photos, tmp_path, monkeypatch):
+    save_run(tmp_path / 'run', model := new_model().eval())
+    given = tmp_path / 'run', photos, tmp_path / 'kept'
+    assert share(0, 'dies', *given) == -9 and share(1, 'lives', *given) == 0
+    tables = [pd.read_csv(file) for file in (tmp_path / 'kept').rglob('*.csv')]
+    assert sorted(map(len, tables)) == [2] * 7  # one part of the killed process, six of the other
+    assert share(0, 'lives', *given) == share(1, 'lives', *given) == 0
+    named = pd.concat([pd.read_csv(file) for file in (tmp_path / 'kept').rglob('*.csv')])['file']
+    assert len(named) == 24 and named.is_unique  # nothing twice
+    monkeypatch.setattr('guie.collection.vectors_of', lambda *_, **__: pytest.fail('all are embedded'))
+    found = Search(tmp_path / 'run', photos, cache=tmp_path / 'kept')
+    expected = embed(model, found.files.assign(label=''))
+    assert np.allclose(found.vectors, expected, atol=1e-6) and isinstance(found.vectors, np.memmap)
+
+
+def test_where_there_are_several_gpus_many_images_are_embedded_by_a_process_each(photos, tmp_path, monkeypatch, capsys):
+    save_run(tmp_path / 'run', model := new_model().eval())
+    monkeypatch.setattr('guie.search.processes_here', lambda: 2)
+    monkeypatch.setattr('guie.search.WORTH_LAUNCHING', 24)
+    monkeypatch.setattr('guie.collection.vectors_of', lambda *_, **__: pytest.fail('the processes embed all'))
+    found = Search(tmp_path / 'run', photos)
+    assert np.allclose(found.vectors, embed(model, found.files.assign(label='')), atol=1e-6)
+    monkeypatch.setattr('guie.search.launch', lambda *_, **__: pytest.fail('nothing is left to embed'))
+    assert len(Search(tmp_path / 'run', photos).files) == 24
