@@ -135,14 +135,14 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
         tower = Embedder(model.tower)
         names = ['train', *(SELECTION if config.validate_every else ())]
         vectors = embed_all(tower, splits, run_dir / 'tower', names, unreadable=(bad := []))
-        readable = ~train['path'].isin(bad).to_numpy()
+        seen, labels = vectors['train'], train['label'].to_numpy()
+        if config.augmentation == 'flip':
+            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower/mirrored.npz', desc='mirrored', unreadable=bad)
+            seen, labels = np.concatenate([seen, mirrored]), np.tile(labels, 2)
         if bad:
             print(f'{len(bad)} images could not be read, first {printable(bad[0])}; the head is not trained on them.')
-        seen, labels = vectors['train'][readable], train['label'][readable].tolist()
-        if config.augmentation == 'flip':
-            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower' / 'mirrored.npz', desc='mirrored',
-                             unreadable=bad)
-            seen, labels = np.concatenate([seen, mirrored[readable]]), 2 * labels
+            readable = np.resize(~train['path'].isin(bad).to_numpy(), len(seen))  # twice, with mirrored ones
+            seen, labels = seen[readable], labels[readable]
         started = time.time()
 
         def validate(head):

@@ -87,7 +87,8 @@ class Embedder(nn.Module):
 
 class Ensemble(nn.Module):
     """Several Embedders whose unit vectors are joined and projected together.
-    members: Embedders, each fed at its own spec.image_size. projection: nn.Linear, or None."""
+    members: Embedders, each fed at its own spec.image_size. projection: nn.Linear that was fitted on `concatenate` of their
+    vectors, or None."""
 
     def __init__(self, members, projection=None):
         super().__init__()

@@ -169,7 +169,7 @@ def test_with_flip_the_head_sees_mirrored_images_too(splits, tmp_path, monkeypat
     train_head(CACHED.override(augmentation='flip'), splits, tmp_path / 'run')
     (vectors, labels), = seen
     tower, frame = Embedder(new_model().tower).eval(), splits['train']
-    assert len(vectors) == 2 * len(frame) and labels == 2 * frame['label'].tolist()
+    assert len(vectors) == 2 * len(frame) and labels.tolist() == 2 * frame['label'].tolist()
     images = torch.stack([ImageDataset(frame, 32)[i]['image'] for i in range(4)])
     with torch.inference_mode():
         assert np.allclose(vectors[:4], tower(images), atol=1e-6)
@@ -214,7 +214,7 @@ def test_a_head_is_not_trained_on_images_that_cannot_be_read(splits, tmp_path, m
         assert f'1 images could not be read, first {tmp_path}/broken.jpg; the head is not' in capsys.readouterr().out
     labels = frame['label'].drop(frame.index[3]).tolist()
     assert [len(vectors) for vectors, _ in seen] == [2 * len(labels), len(labels)]
-    assert [told for _, told in seen] == [2 * labels, labels]
+    assert [told.tolist() for _, told in seen] == [2 * labels, labels]
     expected = embed(Embedder(new_model().tower), frame.drop(frame.index[3]))
     assert np.allclose(seen[1][0], expected, atol=1e-6) and np.allclose(seen[0][0][:len(labels)], expected, atol=1e-6)
 
