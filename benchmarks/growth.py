@@ -4,7 +4,7 @@
 
 Sizes are images, or what a part counts instead. Inputs are random vectors, empty files and one small JPEG, and the miniature
 tower. The exponent is that of the last step of ten: 1 is linear. Memory is the largest RssAnon beyond what was there before
-(mapped files do not count). Prints a markdown table; --picture draws it. Ten minutes on 2 cores.
+(mapped files do not count). Prints a markdown table; --picture draws it.
 """
 import math
 import shutil
