@@ -107,15 +107,16 @@ def read_part(file):
     with suppress(OSError, ValueError, LookupError, TypeError):
         table = pd.read_csv(file, dtype=types, keep_default_na=False, encoding_errors='surrogateescape')[[*types]]
         vectors = np.load(file.with_suffix('.npy'), mmap_mode='r')
-        if vectors.ndim == 2 and vectors.dtype == np.float32 and table['row'].max() < len(vectors):
+        if vectors.ndim == 2 and vectors.dtype == np.float32 and (table['row'] < len(vectors)).all():
             return Part(file, table, vectors)
     print(printable(f'{file} is damaged: its images are embedded again.'))
     remove_part(file)
 
 
-def write_part(folder, table, blocks, dim):
-    """Writes a part. table: file, size, mtime and whether each is `readable`; blocks: arrays (m, dim) of those that are."""
-    file, readable = folder / f'{time.time_ns()}.csv', table['readable'].to_numpy()
+def write_part(folder, table, blocks, dim, name=None):
+    """Writes a part. table: file, size, mtime and whether each is `readable`; blocks: arrays (m, dim) of those that are.
+    name: of its table, or None for the time."""
+    file, readable = folder / (name or f'{time.time_ns()}.csv'), table['readable'].to_numpy()
     with whole_file(file.with_suffix('.npy')) as beside, open(beside, 'wb') as stream:
         shape = int(readable.sum()), dim
         write_array_header_1_0(stream, {'descr': '<f4', 'fortran_order': False, 'shape': shape})

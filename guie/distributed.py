@@ -55,6 +55,14 @@ def rank_and_world_size():
     return state.process_index, state.num_processes
 
 
+def take_place():
+    """(rank, processes) of a launched process that works alone, waiting for no other; its GPU becomes PyTorch's own."""
+    rank, processes, gpu = (int(os.environ.pop(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    return rank, max(1, processes)
+
+
 def processes_here():
     """How many processes to use: one a GPU, at least one. A launched process uses one, itself."""
     return 1 if rank_and_world_size()[1] > 1 else max(1, torch.cuda.device_count())

@@ -47,14 +47,17 @@ def read_image(path, size, max_pixels=89_000_000):
 
 def read_pixels(path, size, max_pixels=89_000_000):
     """What read_image shows, as uint8 (size, size, 3). OSError, naming the file, if it cannot be decoded or is too large.
+    path: a file, or its content as bytes.
     JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error.
     max_pixels limits what is decoded, so a JPEG may have 8 times as many, or 4 times if it is progressive and held whole."""
     try:
         try:
-            return decode(path, size, max_pixels)
+            return decode(io.BytesIO(path) if isinstance(path, bytes) else path, size, max_pixels)
         except ValueError as error:
             return decode(without_texts(path, error), size, max_pixels)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+        if isinstance(path, bytes):
+            raise FileError(f'An image cannot be read: {error}') from error
         plugin = NEEDED.get(os.path.splitext(path)[1][1:].lower())
         hint = f' (files of this kind need {plugin})' if plugin else ''
         raise FileError(f'The image {path} cannot be read: {error}{hint}') from error
@@ -85,7 +88,7 @@ def check_size(image, most):
 
 def without_texts(path, error):
     """The bytes of a PNG without texts and profile: Pillow refuses more than a megabyte of them. Else raises `error`."""
-    with open(path, 'rb') as file:
+    with io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb') as file:
         kept = [file.read(8)]
         if kept[0] != b'\x89PNG\r\n\x1a\n':
             raise error
@@ -275,13 +278,9 @@ def loader(dataset, batch_size, *, train=False, epoch=0, start=0, rank=0, proces
     """DataLoader for one pass over an ImageDataset; it draws nothing from torch's global generator.
     Evaluation: every image in order. Of several processes each takes every `processes`-th image, as many as the others; the
     last images may repeat some. Training: full batches in an order that depends on (dataset.seed, epoch) alone, from
-    position `start` on (the images of this epoch that all processes have used). `workers` None: up to 8 with a GPU or 8
-    cores, else 0, since the tower then needs the cores itself."""
+    position `start` on (the images of this epoch that all processes have used). `workers` None: default_workers."""
     if train and len(dataset) < batch_size:
         raise InputError(f'{len(dataset)} images do not fill a batch of {batch_size}; lower the batch size.')
-    cuda, cores = torch.cuda.is_available(), os.cpu_count() or 1
-    if workers is None:
-        workers = min(cores, 8) if cuda or cores >= 8 else 0
     if train:
         order = np.random.default_rng([dataset.seed, epoch]).permutation(len(dataset))[start:].tolist()
         together = batch_size * processes
@@ -289,8 +288,15 @@ def loader(dataset, batch_size, *, train=False, epoch=0, start=0, rank=0, proces
                  if place % together // batch_size == rank]  # every process takes its part of the same global batch
     else:
         order = [place % len(dataset) for place in range(rank, -(-len(dataset) // processes) * processes, processes)]
-    return DataLoader(dataset, batch_size, sampler=order, drop_last=train, num_workers=workers, pin_memory=cuda,
+    return DataLoader(dataset, batch_size, sampler=order, drop_last=train, pin_memory=torch.cuda.is_available(),
+                      num_workers=default_workers() if workers is None else workers,
                       worker_init_fn=one_thread, generator=torch.Generator().manual_seed(dataset.seed))
+
+
+def default_workers():
+    """Up to 8 with a GPU or 8 cores, else 0, since the tower then needs the cores itself."""
+    cores = os.cpu_count() or 1
+    return min(cores, 8) if torch.cuda.is_available() or cores >= 8 else 0
 
 
 def one_thread(_):

@@ -1,5 +1,6 @@
 """Search: one's own images found by image or text.
-`accelerate launch -m guie.search RUN FOLDER` embeds the images of a folder before, on any number of GPUs and machines."""
+`accelerate launch -m guie.search RUN FOLDER` embeds the images of a folder before, on any number of GPUs and machines;
+images in tar files are another room's, guie.shards."""
 import os
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from guie.collection import (
     state_of,
     vectors_of,
 )
-from guie.distributed import best_device, launch, processes_here, report_error
+from guie.distributed import best_device, launch, processes_here, report_error, take_place
 from guie.embedding import WORTH_LAUNCHING
 from guie.errors import FileError, InputError, MissingError
 from guie.files import printable, user_path
@@ -302,12 +303,10 @@ def main(run, folder, cache=None):
     """One of several launched processes: embeds its share of the images that have no vectors yet, for a Search(run, folder)
     to find. Each works alone: none waits for another, what is written stays if one is killed, and the same command goes on
     from there, with as many processes as there are then."""
-    rank, processes, gpu = (int(os.environ.pop(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
+    rank, processes = take_place()
     images, root = find_images(folder)
     model, home, name = open_model(run)
-    embed_share(images, model, cache_folders(root, home, name_of_home(home, name), cache), rank, max(1, processes))
+    embed_share(images, model, cache_folders(root, home, name_of_home(home, name), cache), rank, processes)
 
 
 if __name__ == '__main__':
