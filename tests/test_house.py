@@ -13,7 +13,7 @@ ORDER = ['errors', 'packages', 'files', 'inputs', 'tables', 'distributed', 'weig
          'datasets', 'sources', 'splits', 'testsets', 'losses', 'projection', 'retrieval', 'scores', 'towers', 'text',
          'model', 'checkpoints', 'embedding', 'results', 'protocols', 'memory', 'estimate', 'sharding', 'resume',
          'heads', 'trackers', 'training', 'recipes', 'soups', 'begin', 'submission', 'onnx_export', 'card', 'publish',
-         'cells', 'pictures', 'maps', 'comparison', 'collection', 'search', 'plots', 'thumbnails', 'explore']
+         'cells', 'pictures', 'maps', 'comparison', 'collection', 'search', 'shards', 'plots', 'thumbnails', 'explore']
 ROOMS = {name: ROOT / 'guie' / f'{name}.py' for name in ORDER}
 FRONT_DOOR = ROOT / 'utilities.py'
 
