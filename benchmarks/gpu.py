@@ -34,8 +34,9 @@ import utilities  # noqa: E402
 from guie import training  # noqa: E402
 from guie.distributed import autocast_dtype, best_device  # noqa: E402
 from guie.images import ImageDataset, loader  # noqa: E402
-from guie.memory import memory_plan, on_meta  # noqa: E402
+from guie.memory import fitted, memory_plan, on_meta  # noqa: E402
 from guie.resume import Progress  # noqa: E402
+from guie.splits import Splits  # noqa: E402
 from guie.towers import checkpoint_activations  # noqa: E402
 
 MINIATURE = 'local-dir:media/miniature'
@@ -45,6 +46,7 @@ TOWERS = {'ViT-H-14': ('ViT-H-14', 'random', 224, ((10, 1.25e-6), (20, 2.5e-6), 
           'miniature': (MINIATURE, 'miniature', 64, ((6, 1e-4),))}
 PEAKS = {'P100': 19, 'T4': 65, 'L4': 121, 'V100': 125, 'A100': 312, 'H100': 989, 'H200': 989}  # TFLOP/s, half, datasheets
 CLASSES = 17_642  # of the published H run
+CHOSEN = 'as a notebook chooses'
 ON_GPU = torch.cuda.is_available()
 
 
@@ -85,31 +87,39 @@ def operations(model, config):
 
 
 def train_tower(tower, quick):
-    """A step by fit's own parts: speed at the recipe's batch and at the largest one, memory against the plan."""
-    config, classes = configuration(tower, batch_size=8, checkpoint_activations=True), 20 if quick else CLASSES
+    """A step by fit's own parts: with the batch that a notebook chooses, then recomputed, 8 images and four times
+    as many until they do not fit."""
+    classes, most = (20, 32) if quick else (CLASSES, 4096)
+    config = configuration(tower, effective_batch=most)
     model = utilities.new_model(config, classes)
+    config, plain = fitted(config, model, 1), on_meta(model)
     run = training.prepare(Accelerator(cpu=not ON_GPU), config, model, Path(), Progress(), 1000)
     flops, margins = operations(model, config), torch.full((classes,), .3, device=best_device())
     peak = next((peak for name, peak in PEAKS.items() if ON_GPU and name in torch.cuda.get_device_name()), float('nan'))
-    batch, rows = config.batch_size, []
-    while batch <= (16 if quick else 4096):
+
+    def row(batch, words):
         some = {'image': torch.randint(256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8),
                 'target': torch.arange(batch) % classes}
         if ON_GPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        speed = rate(lambda: training.optimiser_step(run, [some], margins), batch, 3 if batch <= 64 else 1)
+        choice = config.override(batch_size=batch, effective_batch=batch, checkpoint_activations=words != CHOSEN or
+                                 config.checkpoint_activations)
+        plan, (taken, held) = sum(memory_plan(plain, choice, half=run.half).values()), memory()
+        return {'work': f'{tower}, step of {batch:,} images, {words}', 'measured': f'{speed:.0f} images/s; {taken:.1f} GB, '
+                f'{held:.1f} with what PyTorch keeps free', 'against': f'{speed * flops / 1e12:.0f} TFLOP/s, '
+                f'{speed * flops / 1e12 / peak:.0%} of the published peak; planned {plan / 1e9:.1f} GB'}
+
+    rows, batch = [row(config.batch_size, CHOSEN)], 8
+    checkpoint_activations(model.tower)
+    while batch <= most:
         try:
-            speed = rate(lambda: training.optimiser_step(run, [some], margins), batch, 3 if batch <= 64 else 1)  # noqa: B023
+            rows.append(row(batch, 'recomputed'))
         except torch.OutOfMemoryError:
             run.optimiser.zero_grad()
             break
-        plan = memory_plan(model, config.override(batch_size=batch, effective_batch=batch), half=run.half)
-        taken, held = memory()
-        rows.append({'work': f'{tower}, step of {batch} images, {run.half or "float32"}',
-                     'measured': f'{speed:.0f} images/s; {taken:.1f} GB, {held:.1f} with what PyTorch keeps free',
-                     'against': f'{speed * flops / 1e12:.0f} TFLOP/s, {speed * flops / 1e12 / peak:.0%} of the published '
-                                f'peak; planned {sum(plan.values()) / 1e9:.1f} GB'})
-        batch *= 2
+        batch *= 4
     return rows
 
 
@@ -188,7 +198,7 @@ def vectors(quick):
 
 
 def submission(quick):
-    """The exported file on the GPU against the model on the CPU, and its speed one image at a time."""
+    """The exported file on the GPU against itself on the CPU, and its speed one image at a time."""
     tower = 'miniature' if quick or not ON_GPU else 'ViT-L-14'
     config = configuration(tower, embedding_dim=64)
     with tempfile.TemporaryDirectory() as folder:
@@ -197,12 +207,16 @@ def submission(quick):
         subprocess.run([sys.executable, '-m', 'zipfile', '-e', 'submission.zip', '.'], cwd=folder, check=True)
         file = torch.jit.load(Path(folder, 'saved_model.pt')).eval()
     image = torch.randint(256, (1, 3, 500, 400), dtype=torch.uint8)
+    rows = []
     with torch.inference_mode():
         exact = file(image)
         file, image = file.to(best_device()), image.to(best_device())
-        speed, apart = rate(lambda: file(image), 1, 20), float((file(image).cpu() - exact).abs().max())
-    return [{'work': f'{tower}, submission in float32, image by image', 'measured': f'{speed:.0f} images/s',
-             'against': f'largest difference from the CPU {apart:.1e}'}]
+        for words, dtype in {'float32': None, 'half precision': torch.float16 if ON_GPU else torch.bfloat16}.items():
+            with torch.autocast(best_device().type, dtype=dtype, enabled=dtype is not None):
+                speed, apart = rate(lambda: file(image), 1, 20), float((file(image).float().cpu() - exact).abs().max())
+            rows.append({'work': f'{tower}, submission in {words}, image by image', 'measured': f'{speed:.0f} images/s',
+                         'against': f'largest difference from the CPU {apart:.1e}'})
+    return rows
 
 
 def cached_head(quick):
@@ -237,8 +251,10 @@ def resume(quick):
     """A run that is killed in the middle and resumed, against an uninterrupted one."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *['--quick'] * quick, '--work']
-        for name in ('alone', 'again'):
-            subprocess.run([*command, f'train,{folder}/{name}'], check=True, stdout=subprocess.DEVNULL)
+        alone = [subprocess.Popen([*command, f'train,{folder}/{name}'], stdout=subprocess.DEVNULL)
+                 for name in ('alone', 'again')]
+        if any(child.wait() for child in alone):
+            raise SystemExit('A training run failed.')
         child = subprocess.Popen([*command, f'train,{folder}/killed'], stdout=subprocess.DEVNULL)
         while child.poll() is None and len(list(Path(folder, 'killed').glob('state/step-*'))) < 2:
             time.sleep(.01)
@@ -253,11 +269,29 @@ def resume(quick):
              'against': f'{apart["again"]:.1e} of two runs left alone; {told}'}]
 
 
+def several_gpus(quick):
+    """The same run in a process a GPU (--quick: two on the CPU) and in one."""
+    processes = 2 if quick else torch.cuda.device_count()
+    if processes < 2:
+        return [{'work': 'several GPUs', 'measured': 'not measured', 'against': 'there is one'}]
+    train = utilities.read_dataset(demo.make_world(demo.RUNS / 'world') / 'train.csv').head(96 if quick else 3840)
+    config = configuration('miniature', batch_size=16, warmup_steps=2, workers=0, head_lr=3e-3, precision='no')
+    seconds, states = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, count in {'several': processes, 'one': 1}.items():
+            start = time.perf_counter()
+            utilities.train(config, Splits(train=train), Path(folder, name), processes=count, search=())
+            seconds[name], states[name] = time.perf_counter() - start, utilities.open_checkpoint(Path(folder, name))
+    apart = max(float((states['several'][key] - weight).abs().max()) for key, weight in states['one'].items())
+    return [{'work': f'miniature, {len(train):,} images in {processes} processes', 'measured': f'{seconds["several"]:.0f} s',
+             'against': f'{seconds["one"]:.0f} s in one; weights differ by {apart:.1e}'}]
+
+
 def parts(towers):
     """{name: function of quick that returns rows}."""
     return {**{f'training {tower}': partial(train_tower, tower) for tower in towers}, 'options': options,
             'embedding': embedding, 'vectors': vectors, 'submission': submission, 'cached head': cached_head,
-            'neighbours': neighbours, 'resume': resume}
+            'neighbours': neighbours, 'resume': resume, 'several GPUs': several_gpus}
 
 
 def main():
