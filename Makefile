@@ -1,4 +1,5 @@
-# make demo: the four notebooks on embedded data.   make test: all tests.   Both install into .venv first.
+# make demo: the four notebooks on embedded data.   make test: all tests.   make benchmark: speed against rivals, one table.
+# Each installs into .venv first.
 # Without make: python3 -m venv .venv; .venv/bin/pip install -r requirements.txt; .venv/bin/python demo.py run
 PYTHON ?= python3
 
@@ -13,10 +14,8 @@ test: .venv/test-ready
 test-kaggle: .venv-kaggle/ready
 	.venv-kaggle/bin/python -m pytest
 
-BENCHMARKS = image_input head neighbours search soup pca submission embedding step demo_share
-
 benchmark: .venv/benchmark-ready
-	for name in $(BENCHMARKS); do .venv/bin/python benchmarks/$$name.py || exit 1; done
+	.venv/bin/python benchmarks/all.py
 
 notebooks: demo
 	.venv/bin/python demo.py publish

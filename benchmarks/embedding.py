@@ -79,8 +79,8 @@ def main():
     timing.print_table(f'Embedding a folder, miniature tower at {options.size} pixels: {words}; {options.threads} threads, '
                        f'median of {options.repeats} interleaved parts of {part}; mean cosine {cosines.mean():.5f}, least '
                        f'{cosines.min():.4f}',
-                       [timing.Row('against DataLoader and torchvision', part / seconds['ours'], part / seconds['plain'],
-                                   'images/s', '≥ 2.0')])
+                       [timing.Row('a folder, against DataLoader and torchvision', part / seconds['ours'],
+                                   part / seconds['plain'], 'images/s', '≥ 2.0')])
 
 
 if __name__ == '__main__':

@@ -13,16 +13,15 @@ import pytest
 import torch
 
 import demo
+from benchmarks import all as together
 from benchmarks import timing
 from guie.config import Config
 
-MAKEFILE = Path(__file__).resolve().parents[1] / 'Makefile'
 CONFIG = Config(**demo.settings({'image_size': 32})).override(
     batch_size=8, effective_batch=16, epochs=2, warmup_steps=1, embedding_dim=64, save_minutes=1000)
-NAMES = next(line for line in MAKEFILE.read_text().splitlines() if line.startswith('BENCHMARKS =')).split()[2:]
 
 
-@pytest.mark.parametrize('name', [*NAMES, 'listing'])
+@pytest.mark.parametrize('name', [*together.NAMES, 'listing'])
 def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
     if name == 'neighbours':
         pytest.importorskip('faiss', reason='without faiss (benchmarks/requirements.txt) its benchmark is untested')
@@ -31,6 +30,30 @@ def test_a_benchmark_runs_checks_its_result_and_prints_its_table(name):
     assert run.returncode == 0, run.stderr[-2000:]
     header = '| | ours | reference | unit | ratio | aim | reached | bound |'
     assert header in run.stdout and run.stdout.rstrip().endswith('|')
+
+
+SCRIPT = """
+import sys
+from benchmarks.timing import Row, print_table
+print('a line before')
+print_table(f'Kept {sys.argv[1:]}', [Row('one', 2, 4, 's', '≤ 0.6', 'half'), Row('two', 2, 1, 's', '≤ 0.9')])
+"""
+
+
+def test_all_tables_become_one_and_a_script_that_fails_ends_in_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'kept.py').write_text(SCRIPT)
+    (tmp_path / 'broken.py').write_text('print("| not a row |"); raise SystemExit(3)')
+    monkeypatch.setattr(together, 'FOLDER', tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setattr(sys, 'argv', ['all.py', '--quick', '--threads', '1', 'broken', 'kept'])
+    with pytest.raises(SystemExit, match=r'^Failed: broken\.$'):
+        together.main()
+    printed = capsys.readouterr()
+    assert printed.out.strip().splitlines()[:4] == [
+        '| | ours | reference | unit | ratio | aim | reached | bound |', '| --- ' * 8 + '|',
+        '| kept: one | 2 | 4 | s | 0.50 | ≤ 0.6 | yes | half |', '| kept: two | 2 | 1 | s | 2.00 | ≤ 0.9 | no |  |']
+    assert printed.out.endswith('s in all. Aims not reached: kept: two.\n')
+    assert "s; Kept ['--quick', '--threads', '1']\n" in printed.err and ' s, failed\n' in printed.err
 
 
 def test_growth_measures_every_part_at_sizes_ten_times_apart_and_draws_them(tmp_path):
