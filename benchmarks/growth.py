@@ -68,7 +68,10 @@ def listing(size, folder):
 
 
 def reading(size, folder):
-    write_set(folder, 100, size)
+    (folder / '0.jpg').touch()  # the others need not exist
+    with open(folder / 'set.csv', 'w') as file:
+        file.write('path,label\n')
+        file.writelines(f'{row}.jpg,{row // 100}\n' for row in range(size))
     return partial(utilities.read_dataset, folder / 'set.csv')
 
 
@@ -143,7 +146,7 @@ def search(size, folder):
 
 
 PARTS = {  # name: (what is counted, sizes, function)
-    'listing class folders': ('files', (1_000, 10_000, 100_000), listing),
+    'listing class folders': ('files', (1_000, 10_000, 100_000, 1_000_000), listing),
     'reading a CSV': ('rows', (4_000, 40_000, 400_000, 4_000_000), reading),
     'selecting classes': ('rows', (4_000, 40_000, 400_000, 4_000_000), selection),
     'embedding, miniature tower': ('images', (100, 1_000, 10_000), embedding),
@@ -180,9 +183,11 @@ def draw(rows, path):
     """Seconds against size, both logarithmic, a line a part."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 5.5), layout='constrained')
+    markers = iter('osv^<>DpPX*h')
     for name, (what, *_) in PARTS.items():
         if some := [row for row in rows if row['part'] == name]:
-            axes.loglog(*([row[column] for row in some] for column in ('size', 'seconds')), 'o-', label=f'{name} ({what})')
+            axes.loglog(*([row[column] for row in some] for column in ('size', 'seconds')), marker=next(markers),
+                        label=f'{name} ({what})')
     low, high = axes.get_xlim()
     axes.loglog((low, high), (1e-6 * low, 1e-6 * high), ':', color='grey', label='linear')
     axes.set(xlabel='size', ylabel='seconds', title='How cost grows')
