@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
@@ -25,15 +26,16 @@ WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer t
 
 
 def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), desc='embedding', max_unreadable=None,
-          unreadable=None):
+          unreadable=None, pixels=None):
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
     Launched processes embed a part each, and all return the whole. cache: an .npz file of vectors, paths and a hash of
     weights and normalisation; it is used again if paths and hash agree. known: more such files, only read. Unreadable images
     count as black ones, and are printed, or go into the list `unreadable` instead; more than max_unreadable (as in
-    ImageDataset) raise OSError. Each member of an Ensemble reads the images at its own size, and has a cache of its own."""
+    ImageDataset) raise OSError. pixels: a dict that keeps the images for the next model that embeds them, as far as memory
+    allows. Each member of an Ensemble reads the images at its own size, and has a cache of its own."""
     if isinstance(model, Ensemble):
         options = {'batch_size': batch_size, 'workers': workers, 'desc': desc, 'max_unreadable': max_unreadable,
-                   'unreadable': unreadable}
+                   'unreadable': unreadable, 'pixels': pixels}
         below = lambda file, number: file and of_member(Path(file).parent, number) / Path(file).name
         parts = [embed(member, frame, cache=below(cache, number), known=[below(file, number) for file in known], **options)
                  for number, member in enumerate(model.members, start=1)]
@@ -51,10 +53,11 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
         return np.zeros((0, model.spec.width), np.float32)
     home, device = next(model.parameters()).device, best_device()
     model.to(device).eval()
-    batches = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
+    reading = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
+    batches = progress_bar(batches_of(dataset, reading, pixels), desc, total=len(reading), leave=False,
+                           disable=rank > 0 or len(dataset) == 1)
     with torch.inference_mode(), torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
-        vectors = torch.cat([model(batch['image'].to(device)).float()
-                             for batch in progress_bar(batches, desc, leave=False, disable=rank > 0 or len(dataset) == 1)])
+        vectors = torch.cat([model(images.to(device)).float() for images in batches])
     model.to(home)
     if home.type == 'cpu':
         torch.cuda.empty_cache()  # frees the GPU for processes that the notebook launches
@@ -72,6 +75,24 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     if processes > 1:
         PartialState().wait_for_everyone()
     return vectors
+
+
+def batches_of(dataset, reading, pixels=None):
+    """Yields the images of a loader's batches, uint8 (n, 3, size, size), or those that the dict `pixels` keeps of an earlier
+    pass over the same files. It keeps what takes at most a quarter of the free memory."""
+    key = (dataset.size, *dataset.paths)
+    if pixels and key in pixels:
+        kept, bad = pixels[key]
+        dataset.bad |= bad
+        yield from kept
+        return
+    fits, kept = 3 * dataset.size ** 2 * len(dataset) <= psutil.virtual_memory().available / 4, []
+    for batch in reading:
+        if pixels is not None and fits:
+            kept.append(batch['image'])
+        yield batch['image']
+    if kept:
+        pixels[key] = kept, dataset.bad.clone()
 
 
 def of_member(folder, number):
@@ -111,11 +132,14 @@ def save_vectors(file, vectors, paths, key, unreadable=()):
         print(f'{error} These vectors will be computed again the next time.')
 
 
-def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None, unreadable=None):
+def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None, unreadable=None,
+              pixels=None):
     """Vectors of several splits, on all GPUs, cached in `folder` if given: {name: float32 (n, dim)}.
-    known: a folder that may hold them already, such as an attached run's; it is only read. unreadable: as in embed."""
+    known: a folder that may hold them already, such as an attached run's; it is only read. unreadable and pixels as in
+    embed."""
     if isinstance(model, Ensemble):
-        parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number), unreadable)
+        parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number), unreadable,
+                           pixels)
                  for number, member in enumerate(model.members, start=1)]
         return {name: joined(model, [part[name] for part in parts]) for name in names}
     processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
@@ -134,12 +158,13 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
             Splits(images).save(Path(job) / 'splits.csv')
             Path(job, 'files.json').write_text(json.dumps({name: files[name] for name in images}))
             launch('guie.embedding', job, processes, stops=False)
-        return {name: embed(model, splits[name], desc=name, unreadable=unreadable, **files[name]) for name in names}
+        return {name: embed(model, splits[name], desc=name, unreadable=unreadable, pixels=pixels, **files[name])
+                for name in names}
 
 
-def selection_score(model, splits):
-    """mP@5 of a model at its own width on the selection split."""
-    vectors = {name: embed(model, splits[name], desc=name) for name in SELECTION}
+def selection_score(model, splits, pixels=None):
+    """mP@5 of a model at its own width on the selection split. pixels: as in embed."""
+    vectors = {name: embed(model, splits[name], desc=name, pixels=pixels) for name in SELECTION}
     return float(score_table('', '', vectors, splits, dims=(None,), split='selection_')['mp5'].iloc[0])
 
 

@@ -242,6 +242,7 @@ class StateEmbedder:
 
     def __init__(self, run, splits):
         self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run, dim=None), {}, {}
+        self.pixels = {}  # of images that were read, for the next state
         self.splits = Splits(splits, seen=sample_classes(splits['train']))
 
     @cached_property
@@ -269,14 +270,14 @@ class StateEmbedder:
                 save_vectors(Path(folder) / f'{name}.npz', known[name], np.array(self.splits[name]['path'].tolist(), str),
                              vectors_hash(self.model))
         if missing := [name for name in names if name not in known]:
-            known |= embed_all(self.model, self.splits, folder, missing, beside)
+            known |= embed_all(self.model, self.splits, folder, missing, beside, pixels=self.pixels)
         return {name: known[name] for name in names}
 
     def score(self, state):
         """mP@5 at the state's own width on the selection objects."""
         key = self.load(state)
         if key not in self.scores:
-            self.scores[key] = selection_score(self.model, self.splits)
+            self.scores[key] = selection_score(self.model, self.splits, self.pixels)
         return self.scores[key]
 
 

@@ -282,7 +282,7 @@ def run_job(config, splits, run_dir, *, weights=None, **options):
     """fit from the pretrained tower and a new head, or from the checkpoint `weights`; options are fit's."""
     model = load_run(weights, dim=None) if weights else new_model(config, splits['train']['label'].nunique())
     resize(model, config.image_size, config.overlap)
-    validate = partial(selection_score, splits=splits) if config.validate_every else None
+    validate = partial(selection_score, splits=splits, pixels={}) if config.validate_every else None
     fit(config, model, splits['train'], run_dir, validate, **options)
 
 

@@ -2,16 +2,17 @@
 import dataclasses
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import contents, new_model, small_model
+from runs import CONFIG, contents, new_model, small_model
 
 from guie import embedding
 from guie.embedding import cached_vectors, embed, embed_all, save_vectors, selection_score, vectors_hash
-from guie.images import read_pixels
+from guie.images import ImageDataset, read_pixels
 from guie.model import Ensemble
 from guie.retrieval import mean_precision_at_5
 
@@ -152,6 +153,30 @@ def test_the_selection_score_is_that_of_the_full_width_on_the_selection_split(tr
     query, index = (embed(model, splits[f'selection_{name}']) for name in ('query', 'index'))
     expected = mean_precision_at_5(query, train[first]['label'], index, train[~first]['label'])
     assert selection_score(model, splits) == pytest.approx(expected) and 0 < expected < 1
+
+
+def test_images_are_read_once_for_several_models_as_far_as_memory_allows(train, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'broken.jpg').write_bytes(b'not an image')
+    frame, pixels, read, original = train.head(20).copy(), {}, [], ImageDataset.readable
+    frame.loc[2, 'path'] = str(tmp_path / 'broken.jpg')
+    first, second = new_model().eval(), new_model(CONFIG.override(head_seed=9)).eval()
+    expected = embed(second, frame, batch_size=8)
+    told = capsys.readouterr().out
+    monkeypatch.setattr(ImageDataset, 'readable', lambda self, index: read.append(index) or original(self, index))
+    embed(first, frame, batch_size=8, pixels=pixels)
+    assert len(read) == 20
+    capsys.readouterr()
+    assert np.array_equal(embed(second, frame, batch_size=8, pixels=pixels), expected) and len(read) == 20
+    assert capsys.readouterr().out == told and 'broken.jpg' in told  # what cannot be read is still named
+    embed(second, frame.head(5), pixels=pixels)  # other images
+    assert len(read) == 25
+    needed = 3 * 32 * 32 * 20
+    for free, again in ((4 * needed, 20), (4 * needed - 1, 40)):
+        monkeypatch.setattr(embedding.psutil, 'virtual_memory', lambda free=free: SimpleNamespace(available=free))
+        pixels = {}
+        read.clear()
+        assert np.array_equal(embed(first, frame, pixels=pixels), embed(first, frame, pixels=pixels))
+        assert len(read) == again
 
 
 # Several processes
