@@ -56,7 +56,7 @@ def check(found, query, index):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=2, rows=(int, 200_000, 'vectors in the index'))
+    options = timing.arguments(__doc__, repeats=1, rows=(int, 200_000, 'vectors in the index'))
     n, queries = (2000, 50) if options.quick else (options.rows, 5000)
     rng = np.random.default_rng(0)
     spectrum = np.arange(1, 65, dtype=np.float32) ** -.5

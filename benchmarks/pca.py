@@ -28,7 +28,7 @@ def embeddings(n, d, seed=0):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=2, rows=(int, 200_000, 'embeddings'))
+    options = timing.arguments(__doc__, repeats=1, rows=(int, 200_000, 'embeddings'))
     n, d = (2000, 128) if options.quick else (options.rows, 1024)
     data = embeddings(n, d)
     exact = PCA(64, svd_solver='covariance_eigh')

@@ -68,7 +68,7 @@ def seconds_to_picture(name, folder):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=5)
+    options = timing.arguments(__doc__, repeats=3)
     os.environ['OMP_NUM_THREADS'] = str(options.threads)
     module = 'guie.losses' if options.quick else 'utilities'
     rooms = [timing.ROOT / 'guie' / 'losses.py'] if options.quick else (timing.ROOT / 'guie').glob('*.py')

@@ -70,6 +70,18 @@ def test_growth_measures_every_part_at_sizes_ten_times_apart_and_draws_them(tmp_
     assert (tmp_path / 'growth.png').stat().st_size > 10_000
 
 
+def test_an_approximate_search_is_compared_with_the_exact_one():
+    pytest.importorskip('faiss', reason='without faiss (benchmarks/requirements.txt) its benchmark is untested')
+    command = [sys.executable, 'benchmarks/approximate.py', '--quick', '--threads', '1']
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [line.strip('| ').split(' | ') for line in run.stdout.splitlines() if line.startswith('|')][2:]
+    recalls = {words: float(recall) for words, recall, *_ in rows}
+    assert len(rows) == 5 and recalls['all, exactly'] == 1
+    few, many = (recalls[f'IVF63,Flat, 1 of {share} groups'] for share in (32, 8))
+    assert .3 < few < many < 1
+
+
 def test_the_head_of_the_competitions_size_is_measured_by_an_epoch():
     run = subprocess.run([sys.executable, 'benchmarks/frozen_head.py', '--quick'], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
