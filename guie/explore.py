@@ -2,7 +2,9 @@
 import html
 import json
 import math
+import os
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -205,18 +207,22 @@ def sample_of(run):
 def draw_maps(runs, samples, images, order):
     """{run: its map, or None without vectors}: images and their places, 0…999; t-SNE for the first of `order`, as many as
     TSNE_POINTS allow, and PCA for the others."""
-    maps, left = {}, TSNE_POINTS
+    from threadpoolctl import threadpool_limits
+    maps, given, left = dict.fromkeys(order), {}, TSNE_POINTS
     for place in order:
-        run, sample = runs[place], samples[place]
-        if not sample:
-            maps[place] = None
-            continue
-        points = check_finite(np.stack([run.vectors[PARTS[part]][row] for part, row, _ in sample]))
-        tsne = len(points) <= left and enough_for_tsne(points)
-        left -= len(points) * tsne
-        x, y = (999 * on_plane(points, SEED, tsne)).round().astype(int).T.tolist()
-        maps[place] = {'method': 't-SNE' if tsne else 'PCA', 'x': x, 'y': y, 'all': len({*run.found(), *run.index}),
-                       'image': images.of(pair for *_, pair in sample).tolist()}
+        if samples[place]:
+            vectors = runs[place].vectors
+            points = check_finite(np.stack([vectors[PARTS[part]][row] for part, row, _ in samples[place]]))
+            tsne = len(points) <= left and enough_for_tsne(points)
+            left -= len(points) * tsne
+            given[place] = points, SEED, tsne
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread a map
+        planes = pool.map(lambda arguments: on_plane(*arguments), given.values())
+        for (place, (*_, tsne)), plane in zip(given.items(), planes):
+            x, y = (999 * plane).round().astype(int).T.tolist()
+            maps[place] = {'method': 't-SNE' if tsne else 'PCA', 'x': x, 'y': y,
+                           'all': len({*runs[place].found(), *runs[place].index}),
+                           'image': images.of(pair for *_, pair in samples[place]).tolist()}
     return maps
 
 
