@@ -205,7 +205,7 @@ def read_table(file, layout, nrows=None):
             table = read_csv(file, layout, nrows)
     except (ValueError, TypeError, AttributeError) as error:  # pandas' parser errors are ValueErrors
         reason = ' '.join(str(error).rstrip('.').split())
-        raise InputError(f'{file} cannot be read as a table: {reason}. Give one that is whole, or a folder of images.') from error
+        raise InputError(f'{file} cannot be read as a table: {reason}. Give a whole one, or a folder of images.') from error
     table.columns = [str(name).strip() for name in table]
     for name in {*layout.images, layout.label, 'domain'} & {*table}:
         if [*table].count(name) > 1:
