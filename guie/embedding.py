@@ -79,19 +79,23 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
 
 def batches_of(dataset, reading, pixels=None):
     """Yields the images of a loader's batches, uint8 (n, 3, size, size), or those that the dict `pixels` keeps of an earlier
-    pass over the same files. It keeps what takes at most a quarter of the free memory."""
-    key = (dataset.size, *dataset.paths)
-    if pixels and key in pixels:
-        kept, bad = pixels[key]
-        dataset.bad |= bad
-        yield from kept
+    pass over the same files. In all it keeps at most a quarter of the memory that is free without it."""
+    if pixels is None:
+        yield from (batch['image'] for batch in reading)
         return
-    fits, kept = 3 * dataset.size ** 2 * len(dataset) <= psutil.virtual_memory().available / 4, []
+    key, kept = (dataset.size, *dataset.paths), []
+    if key in pixels:
+        batches, bad = pixels[key]
+        dataset.bad |= bad
+        yield from batches
+        return
+    before = sum(images.nbytes for batches, _ in pixels.values() for images in batches)
+    fits = before + 3 * dataset.size ** 2 * len(dataset) <= (psutil.virtual_memory().available + before) / 4
     for batch in reading:
-        if pixels is not None and fits:
-            kept.append(batch['image'])
+        if fits:
+            kept.append(batch['image'].clone())  # of its own: a worker's would keep a file open
         yield batch['image']
-    if kept:
+    if fits:
         pixels[key] = kept, dataset.bad.clone()
 
 

@@ -45,19 +45,17 @@ def read_image(path, size, max_pixels=89_000_000):
     return Image.fromarray(read_pixels(path, size, max_pixels).numpy())
 
 
-def read_pixels(path, size, max_pixels=89_000_000):
+def read_pixels(path, size, max_pixels=89_000_000, content=None):
     """What read_image shows, as uint8 (size, size, 3). OSError, naming the file, if it cannot be decoded or is too large.
-    path: a file, or its content as bytes.
+    content: the file's bytes, where it is no file on disk.
     JPEGs are decoded at the smallest of 1, 1/2, 1/4, 1/8 that leaves twice `size`: at most 2/255 mean absolute error.
     max_pixels limits what is decoded, so a JPEG may have 8 times as many, or 4 times if it is progressive and held whole."""
     try:
         try:
-            return decode(io.BytesIO(path) if isinstance(path, bytes) else path, size, max_pixels)
+            return decode(path if content is None else io.BytesIO(content), size, max_pixels)
         except ValueError as error:
-            return decode(without_texts(path, error), size, max_pixels)
+            return decode(without_texts(path, error, content), size, max_pixels)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        if isinstance(path, bytes):
-            raise FileError(f'An image cannot be read: {error}') from error
         plugin = NEEDED.get(os.path.splitext(path)[1][1:].lower())
         hint = f' (files of this kind need {plugin})' if plugin else ''
         raise FileError(f'The image {path} cannot be read: {error}{hint}') from error
@@ -86,9 +84,9 @@ def check_size(image, most):
         raise FileError(f'{image.width} × {image.height} pixels are more than {most:,}')
 
 
-def without_texts(path, error):
+def without_texts(path, error, content=None):
     """The bytes of a PNG without texts and profile: Pillow refuses more than a megabyte of them. Else raises `error`."""
-    with io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb') as file:
+    with open(path, 'rb') if content is None else io.BytesIO(content) as file:
         kept = [file.read(8)]
         if kept[0] != b'\x89PNG\r\n\x1a\n':
             raise error

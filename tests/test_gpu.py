@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 GPU = shutil.which('nvidia-smi') and subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout.strip()
 
@@ -25,6 +26,8 @@ def test_training_embedding_export_search_and_resuming_run_on(device, monkeypatc
     apart = float(found['miniature, submission in float32, image by image'][1].split()[5])
     assert apart < 1e-5
     assert 'the same neighbours' in found['5 neighbours of 20 in 2,000'][1]
-    assert float(found['miniature, 96 images in 2 processes'][1].split()[-2]) <= (1e-6 if device == 'CPU' else 1e-4)
+    several = [against for work, (_, against) in found.items() if 'images in' in work]
+    assert len(several) == (device == 'CPU' or torch.cuda.device_count() > 1)
+    assert all(float(against.split()[-2]) > .9 for against in several)  # dropout differs
     weights, told = found['miniature, killed and resumed']
     assert 'resumes from step-' in told and float(weights.split()[-1]) <= (0 if device == 'CPU' else 1e-3)

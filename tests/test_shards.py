@@ -7,6 +7,7 @@ import sys
 import tarfile
 
 import numpy as np
+import pandas as pd
 import pytest
 from runs import is_one_sentence, new_model, small_model
 
@@ -18,9 +19,8 @@ from guie.embedding import embed
 from guie.errors import FileError, InputError, MissingError
 from guie.images import read_pixels
 from guie.model import Ensemble
-from guie.shards import embed_shards, nearest_in_shards, tar_files
+from guie.shards import embed_shards, nearest_in_shards, part_of, tar_files
 
-pytest.importorskip('webdataset', reason='without webdataset (requirements-test.txt) tar files are untested')
 MODEL = small_model().eval()
 
 
@@ -33,6 +33,12 @@ def write_tar(file, members):
             tar.addfile(info, io.BytesIO(content))
 
 
+def content_of(train, number):
+    """The bytes of an image."""
+    with open(train['path'][number], 'rb') as file:
+        return file.read()
+
+
 @pytest.fixture
 def tars(train, tmp_path):
     """A folder of 5 tar files with 3 images each, and texts and labels beside them as webdataset has them."""
@@ -41,8 +47,7 @@ def tars(train, tmp_path):
     for shard in range(5):
         members = {}
         for number in range(3):
-            path = train['path'][3 * shard + number]
-            members |= {f'some/{number:03}.jpg': open(path, 'rb').read(), f'some/{number:03}.txt': b'a bee',
+            members |= {f'some/{number:03}.jpg': content_of(train, 3 * shard + number), f'some/{number:03}.txt': b'a bee',
                         f'some/{number:03}.cls': b'7'}
         write_tar(folder / f'images-{shard:03}.tar', members)
     return folder
@@ -55,12 +60,18 @@ def kept(folder):
             np.concatenate([part.vectors[:] for part in parts if len(part.vectors)]))
 
 
-def test_each_image_has_the_vector_that_its_file_has(tars, train, tmp_path):
+def times(folder):
+    """{file: time of change} of all vectors below a folder."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob('*.npy')}
+
+
+def test_each_image_has_the_vector_that_its_file_has(tars, train, tmp_path, capsys):
     folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
     names, vectors = kept(folder)
     assert names == [f'{tars}/images-{shard:03}.tar/some/{number:03}.jpg' for shard in range(5) for number in range(3)]
     assert vectors.dtype == np.float32 and np.allclose(vectors, embed(MODEL, train.head(15)), atol=1e-6)
     assert all(isinstance(part.vectors, np.memmap) for part in read_parts([folder]))
+    assert 'tar files: passed over .txt 15, .cls 15\n' in capsys.readouterr().out
 
 
 def test_an_ensemble_sees_each_image_at_the_size_of_each_member(tars, train, tmp_path):
@@ -72,92 +83,176 @@ def test_an_ensemble_sees_each_image_at_the_size_of_each_member(tars, train, tmp
 
 def test_what_is_there_is_not_read_again_and_another_model_has_vectors_of_its_own(tars, tmp_path, monkeypatch):
     folder = embed_shards(MODEL, sorted(tars.glob('*.tar'))[:2], tmp_path / 'kept')
-    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    read, original = [], shards.images_of
-    monkeypatch.setattr(shards, 'images_of', lambda file: read.append(os.path.basename(file)) or original(file))
-    assert embed_shards(MODEL, [tars], tmp_path / 'kept') == folder
+    before, read, original = times(folder), [], shards.images_of
+    monkeypatch.setattr(shards, 'images_of',
+                        lambda file, passed: read.append(os.path.basename(file)) or original(file, passed))
+    assert embed_shards(MODEL, [tars], tmp_path / 'kept', workers=0) == folder
     assert read == ['images-002.tar', 'images-003.tar', 'images-004.tar']
-    assert before == {file: file.stat().st_mtime_ns for file in before}
-    assert embed_shards(new_model().eval(), [tars], tmp_path / 'kept') != folder and len(read) == 8
+    assert before == {file: time for file, time in times(folder).items() if file in before}
+    assert embed_shards(new_model().eval(), [tars], tmp_path / 'kept', workers=0) != folder and len(read) == 8
+    next(iter(before)).unlink()
+    embed_shards(MODEL, [tars], tmp_path / 'kept', workers=0)
+    assert len(read) == 9 and times(folder).keys() > before.keys()
 
 
 def test_workers_and_small_batches_give_the_same(tars, tmp_path, monkeypatch):
-    expected = kept(embed_shards(MODEL, [tars], tmp_path / 'kept'))
+    expected = kept(embed_shards(MODEL, [tars], tmp_path / 'kept', workers=0))
     monkeypatch.setattr(shards, 'BATCH', 2)
     found = kept(embed_shards(MODEL, [tars], tmp_path / 'again', workers=2))
     assert found[0] == expected[0] and np.allclose(found[1], expected[1], atol=1e-6)
 
 
+# Several processes
+
 KILLED = """
 import os, signal, sys
 from guie import shards
-write = shards.write_part
-def write_one_and_die(*given):
+write, written = shards.write_part, []
+def write_and_die_in_the_second(*given):
     write(*given)
-    os.kill(os.getpid(), signal.SIGKILL)
+    written.append(1)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == 'dies':
-    shards.write_part = write_one_and_die
+    shards.write_part = write_and_die_in_the_second
 shards.main(*sys.argv[2:])
 """
 
 
 def share(rank, fate, *given):
-    """One of two processes, by hand -> its exit code."""
+    """One of two processes, by hand."""
     environment = os.environ | {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)}
-    return subprocess.run([sys.executable, '-c', KILLED, fate, *map(str, given)], env=environment).returncode
+    return subprocess.Popen([sys.executable, '-c', KILLED, fate, *map(str, given)], env=environment)
 
 
 def test_of_two_processes_one_is_killed_and_the_same_command_goes_on_from_there(tars, train, tmp_path):
     save_run(tmp_path / 'run', new_model())
     given = tmp_path / 'run', tmp_path / 'kept', tars
-    assert share(0, 'dies', *given) == -signal.SIGKILL and share(1, 'lives', *given) == 0
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / 'kept').rglob('*.npy')}
-    assert len(before) == 3  # one of the killed process, two of the other
-    assert share(0, 'lives', *given) == share(1, 'lives', *given) == 0
+    assert [one.wait() for one in (share(0, 'dies', *given), share(1, 'lives', *given))] == [-signal.SIGKILL, 0]
+    before = times(tmp_path / 'kept')
     folder, = (tmp_path / 'kept').iterdir()
+    finished = {file.stem.rpartition('-')[0] for file in folder.glob('images-*.npy')}
+    assert finished == {'images-000', 'images-001', 'images-003'}  # the killed one was within images-002
+    assert [one.wait() for one in (share(0, 'lives', *given), share(1, 'lives', *given))] == [0, 0]
     names, vectors = kept(folder)
-    assert len(names) == 15 and len(set(names)) == 15 and len([*folder.glob('*.npy')]) == 5
-    assert before == {file: file.stat().st_mtime_ns for file in before}  # nothing twice
+    assert len(names) == 15 and len(set(names)) == 15 and len([*folder.glob('images-*.npy')]) == 5
+    assert before.items() <= times(tmp_path / 'kept').items()  # nothing that was written was made again
     assert np.allclose(vectors, embed(load_run(tmp_path / 'run'), train.head(15)), atol=1e-6)
+    found = nearest_in_shards(folder, vectors[:1], 15)
+    assert sorted(found['file']) == sorted(names)  # nor is anything found that the killed one left
 
 
-def test_accelerate_launches_it(tars, tmp_path):
+def test_accelerate_launches_it_and_a_broken_tar_file_ends_no_other_process(tars, tmp_path):
     save_run(tmp_path / 'run', new_model())
+    (tars / 'images-001.tar').write_bytes(b'no tar file' * 100)
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1', '--num_machines', '1',
                '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'guie.shards', str(tmp_path / 'run'),
                str(tmp_path / 'kept'), str(tars)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f'vectors of tar files are in {tmp_path}/kept/vectors-' in done.stdout
-    assert len([*(tmp_path / 'kept').rglob('*.npy')]) == 5
+    assert 'Process 0 of 1: 1 of 5 tar files cannot be used, first ' in done.stdout
+    (tars / 'images-001.tar').unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f'Process 0 of 1 is done; the vectors are in {tmp_path}/kept/vectors-' in done.stdout
+    assert len([*(tmp_path / 'kept').rglob('images-*.npy')]) == 4
 
 
-def test_unreadable_images_have_no_vector_and_are_counted(tars, train, tmp_path, capsys):
-    write_tar(tars / 'images-002.tar', {'a.jpg': b'no image', 'b.jpg': open(train['path'][0], 'rb').read()})
-    write_tar(tars / 'images-003.tar', {'a.jpg': b'no image'})
-    write_tar(tars / 'images-004.tar', {'a.txt': b'no image at all'})
-    folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
+# What people bring
+
+def test_names_are_those_in_the_tar_file_and_what_is_no_image_is_counted(tars, train, tmp_path, capsys):
+    image = content_of(train, 0)
+    write_tar(tars / 'images-000.tar', {'A.JPG': image, 'a.jpg': image, 'b._v.jpg': image, '._a.jpg': b'',
+                                        'no suffix': image, 'c.xyz': b'', 'd.tar.gz': b''})
+    with tarfile.open(tars / 'images-000.tar', 'a') as tar:
+        link = tarfile.TarInfo('link.jpg')
+        link.type, link.linkname = tarfile.SYMTYPE, 'a.jpg'
+        tar.addfile(link)
+    folder = embed_shards(MODEL, [tars / 'images-000.tar'], tmp_path / 'kept')
+    assert kept(folder)[0] == [f'{tars}/images-000.tar/{name}' for name in ('A.JPG', 'a.jpg', 'b._v.jpg')]
     printed = capsys.readouterr().out
-    bad = tars / 'images-002.tar'
-    assert f'{bad}: 1 of 2 images cannot be read and have no vector, first {bad}/a.jpg' in printed
-    assert f'{tars}/images-003.tar: 1 of 1 images cannot be read' in printed
+    assert all(part in printed for part in ('passed over', '.jpg 1', 'without suffix 1', '.xyz 1', '.gz 1', 'links 1'))
+
+
+def test_unreadable_images_have_no_vector_and_are_counted_with_a_reason(tars, train, tmp_path, capsys):
+    write_tar(tars / 'images-002.tar', {'a.jpg': b'no image', 'b.jpg': content_of(train, 0)})
+    write_tar(tars / 'images-003.tar', {'a.jpg': b'no image', 'b.jpg': b'none'})
+    write_tar(tars / 'images-004.tar', {'a.txt': b'no image at all'})
+    with pytest.raises(FileError, match=r'1 of 5 tar files cannot be used, first .*images-003.tar .none of its images '
+                                        r'can be read: The image a.jpg cannot be read') as error:
+        embed_shards(MODEL, [tars], tmp_path / 'kept')
+    assert is_one_sentence(error)
+    printed = capsys.readouterr().out
+    assert 'images-002.tar: 1 of 2 images cannot be read and have no vector (The image a.jpg cannot be read: ' in printed
+    assert 'images-004.tar: there is no image in it' in printed
+    folder, = (tmp_path / 'kept').iterdir()
     names, vectors = kept(folder)
-    assert len(names) == 9 and len(vectors) == 7 and len([*folder.glob('*.csv')]) == 5
+    assert len(names) == 8 and len(vectors) == 7 and len([*folder.glob('*.csv')]) == 4
     assert np.allclose(vectors[-1], embed(MODEL, train.head(1)), atol=1e-6)
     found = nearest_in_shards(folder, vectors[-1:], k=20)
     assert len(found) == 7 and f'{tars}/images-002.tar/b.jpg' in found['file'][:2].tolist()
 
 
-def test_a_broken_tar_file_is_named_after_all_others_are_done(tars, tmp_path):
-    content = (tars / 'images-001.tar').read_bytes()
-    (tars / 'images-001.tar').write_bytes(content[:len(content) // 2])
-    (tars / 'images-003.tar').write_bytes(b'no tar file' * 100)
-    with pytest.raises(FileError, match=r'2 of 5 tar files cannot be read, first .*images-001.tar') as error:
+@pytest.mark.parametrize('place', ['in a member', 'after a member', 'in a header', 'before the end', 'a wrong header'])
+def test_a_damaged_tar_file_leaves_nothing_and_is_named_after_all_others_are_done(tars, tmp_path, place):
+    file = tars / 'images-001.tar'
+    content = file.read_bytes()
+    with tarfile.open(file) as tar:
+        third = tar.getmembers()[3]
+        end = tar.getmembers()[-1].offset_data + 512
+    length = {'in a member': third.offset_data + 100, 'after a member': third.offset, 'in a header': third.offset + 100,
+              'before the end': end, 'a wrong header': None}[place]
+    file.write_bytes(content[:length] if length else content[:third.offset] + b'x' + content[third.offset + 1:])
+    with pytest.raises(FileError, match=r'1 of 5 tar files cannot be used, first .*images-001.tar \(ReadError') as error:
         embed_shards(MODEL, [tars], tmp_path / 'kept')
     assert is_one_sentence(error)
     folder, = (tmp_path / 'kept').iterdir()
-    assert len([*folder.glob('*.npy')]) == 3
+    assert len([*folder.glob('images-*.npy')]) == 4 and not [*folder.glob('images-001*')]
 
+
+def test_addresses_are_opened_by_webdataset_and_known_without_their_signature(tars, train, tmp_path, monkeypatch):
+    pytest.importorskip('webdataset', reason='without webdataset (requirements-test.txt) addresses are untested')
+    address = f'file:{tars}/images-000.tar'
+    names, vectors = kept(embed_shards(MODEL, [f'pipe:cat {tars}/images-000.tar'], tmp_path / 'kept'))
+    assert np.allclose(vectors, embed(MODEL, train.head(3)), atol=1e-6) and len(names) == 3
+    with pytest.raises(MissingError, match='There is no tar file file:'):  # webdataset's form for a file, which has no //
+        tar_files([address])
+    signed = [part_of(tmp_path, f'https://example.org/a.tar?signature={letter * 900}') for letter in 'ab']
+    assert signed[0] == signed[1] and signed[0].name.startswith('a-') and not signed[0].exists()
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    with pytest.raises(InputError, match='not installed: pip install webdataset') as error:
+        tar_files(['https://example.org/a.tar'])
+    assert is_one_sentence(error)
+
+
+def test_tar_files_are_named_by_folders_files_and_addresses(tars, tmp_path):
+    first = str(tars / 'images-000.tar')
+    assert tar_files([first, tars]) == [str(tars / f'images-{shard:03}.tar') for shard in range(5)]
+    (tmp_path / 'empty').mkdir()
+    for given, words in (([tmp_path / 'empty'], 'There is no .tar file in .*empty: name another folder'),
+                         ([tars, tars / 'images-00.tar'], 'There is no tar file .*images-00.tar: check the path'),
+                         ([], 'No tar file is named: name some')):
+        with pytest.raises(MissingError, match=words) as error:
+            tar_files(given)
+        assert is_one_sentence(error)
+    with pytest.raises(InputError, match='Name a run, a folder for the vectors, and tar files') as error:
+        shards.main('run', 'folder')
+
+
+def test_what_cannot_embed_tar_files_is_one_sentence(tars, tmp_path):
+    with pytest.raises(InputError, match='takes one image at a time') as error:
+        embed_shards(SubmissionFile(MODEL, tmp_path / 'submission.zip'), [tars], tmp_path / 'kept')
+    assert is_one_sentence(error)
+    (tmp_path / 'file').touch()
+    with pytest.raises(FileError, match='could not be written .*choose another folder') as error:
+        embed_shards(MODEL, [tars], tmp_path / 'file')
+    assert is_one_sentence(error)
+    nan = small_model().eval()
+    nan.tower[2].weight.data[:] = np.nan
+    with pytest.raises(InputError, match='NaN or infinite numbers for images of .*images-000.tar'):
+        embed_shards(nan, [tars], tmp_path / 'kept')
+
+
+# Search
 
 def test_the_nearest_of_all_tar_files_are_exact(tars, train, tmp_path):
     folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
@@ -167,37 +262,32 @@ def test_the_nearest_of_all_tar_files_are_exact(tars, train, tmp_path):
     apart = np.linalg.norm(queries[:, None] - vectors[None], axis=2)
     assert found['query'].tolist() == np.arange(4).repeat(7).tolist()
     assert np.allclose(found['distance'], np.sort(apart, axis=1)[:, :7].ravel(), atol=1e-5)
-    assert found.groupby('query')['file'].first().tolist() == [names[row] for row in apart.argmin(1)]
+    places = [names.index(name) for name in found['file']]
+    assert np.allclose(apart[found['query'], places], found['distance'], atol=1e-5)
+    assert not found.duplicated(['query', 'file']).any()
 
 
-def test_a_list_of_tar_files_may_hold_folders_and_addresses(tars, tmp_path):
-    first = str(tars / 'images-000.tar')
-    assert tar_files([first, 'https://example.org/a.tar', tars]) == [
-        first, 'https://example.org/a.tar', *(str(tars / f'images-{shard:03}.tar') for shard in range(1, 5))]
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(MissingError, match='There is no .tar file in .*empty: name such files') as error:
-        tar_files([tmp_path / 'empty'])
-    assert is_one_sentence(error)
-
-
-def test_what_cannot_embed_tar_files_is_one_sentence(tars, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match='takes one image at a time') as error:
-        embed_shards(SubmissionFile(MODEL, tmp_path / 'submission.zip'), [tars], tmp_path / 'kept')
-    assert is_one_sentence(error)
+def test_vectors_that_are_half_written_or_damaged_are_not_searched(tars, train, tmp_path):
     with pytest.raises(MissingError, match='There are no vectors in'):
         nearest_in_shards(tmp_path, np.ones((1, 32), np.float32))
-    nan = small_model().eval()
-    nan.tower[2].weight.data[:] = np.nan
-    with pytest.raises(InputError, match='NaN or infinite numbers for images of .*images-000.tar'):
-        embed_shards(nan, [tars], tmp_path / 'kept')
-    monkeypatch.setitem(sys.modules, 'webdataset', None)
-    with pytest.raises(InputError, match='not installed: pip install webdataset') as error:
-        embed_shards(MODEL, [tars], tmp_path / 'kept')
+    folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
+    query = embed(MODEL, train.head(1))
+    (folder / '.part-x.csv').touch()  # another process writes
+    parts = sorted(folder.glob('images-*.csv'))
+    parts[4].with_suffix('.npy').unlink()
+    assert len(nearest_in_shards(folder, query, 20)) == 12
+    parts[0].write_text('no table')
+    with pytest.raises(FileError, match='was damaged: run the command that embeds again') as error:
+        nearest_in_shards(folder, query, 20)
     assert is_one_sentence(error)
+    assert len(kept(embed_shards(MODEL, [tars], tmp_path / 'kept'))[0]) == 15
+    assert len(nearest_in_shards(folder, query, 20)) == 15
 
 
 def test_bytes_are_read_as_their_file_is(train):
-    path = train['path'][0]
-    assert (read_pixels(open(path, 'rb').read(), 32) == read_pixels(path, 32)).all()
-    with pytest.raises(FileError, match='^An image cannot be read: '):
-        read_pixels(b'no image', 32)
+    path, image = train['path'][0], content_of(train, 0)
+    assert (read_pixels('a.jpg', 32, content=image) == read_pixels(path, 32)).all()
+    with pytest.raises(FileError, match='^The image a.jpg cannot be read: '):
+        read_pixels('a.jpg', 32, content=b'no image')
+    table = pd.DataFrame({'path': [path], 'label': ['a']})
+    assert (embed(MODEL, table) == embed(MODEL, train.head(1))).all()
