@@ -203,5 +203,9 @@ def report_error(folder, work):
         with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because this one is gone
             json.dump([name, message], file)
         raise SystemExit(message) from None
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'nccl':
-        torch.distributed.destroy_process_group()  # else it warns; gloo, of the CPU, may hang in it (PyTorch 2.6)
+    if torch.distributed.is_initialized():
+        if torch.distributed.get_backend() == 'nccl':
+            return torch.distributed.destroy_process_group()  # else it warns
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo, of the CPU: destroying it may hang (PyTorch 2.6), and its threads may abort Python's own end
