@@ -4,7 +4,8 @@
 
 The vectors are as uneven as real ones: objects lie between two objects of the emoji world, 20 views of each, and a view
 differs from its object as views of the world do (the miniature tower, 64 numbers). Queries are further views. Candidates of
-an index are compared exactly by the vectors on disk, as Search does. recall@5: the share of the exact five that are found.
+an index are compared exactly by the vectors on disk. Memory is what faiss's formats take. recall@5: the share of the exact
+five that are found.
 """
 import sys
 import tempfile

@@ -3,8 +3,8 @@
     python benchmarks/waiting.py
 
 Each import has a fresh process, which ends at once. The reference imports what the rooms import of other packages, and
-nothing else. The notebook is train_vit_h_224.ipynb in DEMO, run once,
-from the start of its kernel to the end of the first cell that shows a picture. The emoji world's images are drawn before.
+nothing else. The notebook is train_vit_h_224.ipynb in DEMO, run once, from the start of its kernel to the end of the first
+cell that shows a picture. The emoji world's images are drawn before.
 """
 import ast
 import os

@@ -216,7 +216,7 @@ class ImageDataset(Dataset):
         ranks, _ = pd.factorize(frame['label'], sort=True)
         self.targets = ranks if targets is None else np.asarray(targets)
         transform = augmentation(augment)
-        self.augment, self.transform = augment, None if augment == 'none' else transform  # of none the same pixels
+        self.transform = None if augment == 'none' else transform  # it would only turn pixels into an image and back
         self.size, self.seed, self.replace = size, seed, replace
         self.max_unreadable = max(100, len(frame) // 100) if max_unreadable is None else max_unreadable
         self.bad = torch.zeros(len(frame), dtype=torch.bool).share_memory_()  # workers write too
@@ -231,7 +231,7 @@ class ImageDataset(Dataset):
         image = pixels.permute(2, 0, 1)
         if self.transform:
             with seeded(self.seed, epoch, index):
-                image = self.transform(image if self.augment == 'flip' else Image.fromarray(pixels.numpy()))
+                image = self.transform(Image.fromarray(pixels.numpy()))
         return {'image': image, 'target': int(self.targets[source]), 'index': index}
 
     @property

@@ -255,7 +255,7 @@ def nearest_in_shards(folder, queries, k=5):
     for number in np.unique(places[:, 0]):
         here = places[:, 0] == number
         files[here] = names_of(parts[number])[places[here, 1]]
-    return pd.DataFrame({'query': np.arange(len(queries)).repeat(len(places) // len(queries)), 'file': files,
+    return pd.DataFrame({'query': np.arange(len(queries)).repeat(distances.shape[1]), 'file': files,
                          'distance': distances.ravel()})
 
 

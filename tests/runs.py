@@ -2,6 +2,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -57,6 +59,12 @@ def apart(first, second):
 def contents(folder):
     """{path: bytes} of everything below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def one_of_two(rank, code, *given):
+    """Starts Python code as one of two processes that work alone, as accelerate launch does."""
+    environment = os.environ | {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)}
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, given)], env=environment)
 
 
 def is_one_sentence(error):

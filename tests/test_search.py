@@ -1,8 +1,7 @@
 """Search: what is found is what comparing all vectors finds, by image and by text, and bad input is one sentence."""
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from math import comb
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from runs import is_one_sentence, new_model, small_model
+from runs import is_one_sentence, new_model, one_of_two, small_model
 from torch import nn
 from worlds import class_folders
 
@@ -428,19 +427,14 @@ search.main(*sys.argv[2:])
 """
 
 
-def share(rank, fate, *given):
-    """One of two processes, by hand -> its exit code."""
-    environment = os.environ | {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)}
-    return subprocess.run([sys.executable, '-c', KILLED, fate, *map(str, given)], env=environment).returncode
-
-
 def test_of_two_processes_one_is_killed_and_the_same_command_goes_on_from_there(photos, tmp_path, monkeypatch):
     save_run(tmp_path / 'run', model := new_model().eval())
     given = tmp_path / 'run', photos, tmp_path / 'kept'
-    assert share(0, 'dies', *given) == -9 and share(1, 'lives', *given) == 0
+    killed, other = one_of_two(0, KILLED, 'dies', *given), one_of_two(1, KILLED, 'lives', *given)
+    assert (killed.wait(), other.wait()) == (-signal.SIGKILL, 0)
     tables = [pd.read_csv(file) for file in (tmp_path / 'kept').rglob('*.csv')]
     assert sorted(map(len, tables)) == [2] * 7  # one part of the killed process, six of the other
-    assert share(0, 'lives', *given) == share(1, 'lives', *given) == 0
+    assert [one.wait() for one in [one_of_two(rank, KILLED, 'lives', *given) for rank in range(2)]] == [0, 0]
     named = pd.concat([pd.read_csv(file) for file in (tmp_path / 'kept').rglob('*.csv')])['file']
     assert len(named) == 24 and named.is_unique  # nothing twice
     monkeypatch.setattr('guie.collection.vectors_of', lambda *_, **__: pytest.fail('all are embedded'))

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pandas as pd
 import pytest
-from runs import is_one_sentence, new_model, small_model
+from runs import is_one_sentence, new_model, one_of_two, small_model
 
 from guie import shards
 from guie.checkpoints import load_run, save_run
@@ -119,21 +119,16 @@ shards.main(*sys.argv[2:])
 """
 
 
-def share(rank, fate, *given):
-    """One of two processes, by hand."""
-    environment = os.environ | {'RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_RANK': str(rank)}
-    return subprocess.Popen([sys.executable, '-c', KILLED, fate, *map(str, given)], env=environment)
-
-
 def test_of_two_processes_one_is_killed_and_the_same_command_goes_on_from_there(tars, train, tmp_path):
     save_run(tmp_path / 'run', new_model())
     given = tmp_path / 'run', tmp_path / 'kept', tars
-    assert [one.wait() for one in (share(0, 'dies', *given), share(1, 'lives', *given))] == [-signal.SIGKILL, 0]
+    killed, other = one_of_two(0, KILLED, 'dies', *given), one_of_two(1, KILLED, 'lives', *given)
+    assert (killed.wait(), other.wait()) == (-signal.SIGKILL, 0)
     before = times(tmp_path / 'kept')
     folder, = (tmp_path / 'kept').iterdir()
     finished = {file.stem.rpartition('-')[0] for file in folder.glob('images-*.npy')}
     assert finished == {'images-000', 'images-001', 'images-003'}  # the killed one was within images-002
-    assert [one.wait() for one in (share(0, 'lives', *given), share(1, 'lives', *given))] == [0, 0]
+    assert [one.wait() for one in [one_of_two(rank, KILLED, 'lives', *given) for rank in range(2)]] == [0, 0]
     names, vectors = kept(folder)
     assert len(names) == 15 and len(set(names)) == 15 and len([*folder.glob('images-*.npy')]) == 5
     assert before.items() <= times(tmp_path / 'kept').items()  # nothing that was written was made again
