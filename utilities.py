@@ -1,4 +1,4 @@
-"""General image embeddings, the front door: the names that the four notebooks use, each from the room it lives in.
+"""General image embeddings, the front door: what the four notebooks use and more, each from the room it lives in.
 
 A room is a file of guie/. It reads from top to bottom and imports only from the rooms above it:
 
@@ -45,11 +45,12 @@ A room is a file of guie/. It reads from top to bottom and imports only from the
     comparison   two runs side by side
     collection   the vectors of your own images, kept on disk
     search       your own images found by image or text
+    shards       images in tar files, by any number of machines
     plots        curves and bars
     thumbnails   the images of a page, each once, as small pictures
     explore      the page that compares runs, query by query
 
-training uses two more rooms, which come before it: sharding and resume."""
+Two more rooms come before heads: sharding and resume."""
 from guie.begin import begin_run, begin_soups, begin_zero_shot
 from guie.checkpoints import find_ingredients, load_run, open_checkpoint, save_run
 from guie.comparison import compare

@@ -4,7 +4,7 @@
 
 Runs the demo's notebooks into a temporary folder. A clock in each kernel counts the seconds of the image towers and of each
 of PARTS. A tower's are its forward pass and what follows the head's part of every backward pass; an exported file counts as
-a tower, its resizing included. Without --whole 1 it runs one ingredient of each training notebook instead of five.
+a tower, its resizing included. Without --whole 1 it runs one ingredient of each training notebook instead of four in all.
 """
 import json
 import os
@@ -193,7 +193,7 @@ def plan(options, folder):
 
 
 def main():
-    options = timing.arguments(__doc__, repeats=1, whole=(int, 0, '1: all five ingredients, as `make demo` does'))
+    options = timing.arguments(__doc__, repeats=1, whole=(int, 0, '1: all four ingredients, as `make demo` does'))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         start = time.perf_counter()

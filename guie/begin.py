@@ -11,7 +11,7 @@ from guie.estimate import device_in_words, forward_cost, in_words, matmul_rate, 
 from guie.files import check_writable, did_you_mean, printable, scratch_folder, user_path
 from guie.recipes import follow_recipe, stage_folders
 from guie.resume import refuse_other_config
-from guie.soups import data_of
+from guie.soups import data_of, refuse_differences
 from guie.sources import data_sources, named
 from guie.splits import load_data
 from guie.trackers import chosen_trackers
@@ -73,6 +73,8 @@ def begin_soups(data, out_dir, towers, files=None, architectures=None, *, home='
     arguments: as in find_ingredients. What is only compared belongs into the scratch folder: see scratch_folder."""
     sources, runs = data_sources(data), user_path(out_dir or home)
     ingredients, splits = data_of(find_ingredients(runs, towers, files, architectures), sources)
+    for found in ingredients.values():
+        refuse_differences(found)
     folder = runs if out_dir else runs / splits.name
     check_writable(folder)
     say_plan(splits, {tower: found[0].config for tower, found in ingredients.items()}, folder,

@@ -18,7 +18,7 @@ from guie.datasets import any_names, list_images
 from guie.distributed import best_device
 from guie.embedding import embed, vectors_hash
 from guie.errors import FileError, InputError
-from guie.files import check_writable, file_hash, printable, user_path, whole_file
+from guie.files import check_writable, file_hash, printable, reason_of, user_path, whole_file
 from guie.projection import l2_normalise
 from guie.submission import host_vectors
 
@@ -102,13 +102,21 @@ def read_parts(folders):
 
 @any_names
 def read_part(file):
-    """The Part of a table, or None if it is damaged."""
+    """The Part of a table; None if it is damaged, or gone. FileError if the system refuses to read it."""
     types = {'file': str, 'size': np.int64, 'mtime': np.int64, 'row': np.int64}
-    with suppress(OSError, ValueError, LookupError, TypeError):
+    try:
         table = pd.read_csv(file, dtype=types, keep_default_na=False, encoding_errors='surrogateescape')[[*types]]
         vectors = np.load(file.with_suffix('.npy'), mmap_mode='r')
         if vectors.ndim == 2 and vectors.dtype == np.float32 and (table['row'] < len(vectors)).all():
             return Part(file, table, vectors)
+    except FileNotFoundError:
+        if not file.exists():  # another process joined it with others
+            return None
+    except OSError as error:
+        raise FileError(printable(f'{file} could not be read ({reason_of(error)}): try again; after "Too many open files" '
+                                  f'raise the limit first (ulimit -n).')) from error
+    except (ValueError, LookupError, TypeError, EOFError):
+        pass
     print(printable(f'{file} is damaged: its images are embedded again.'))
     remove_part(file)
 

@@ -51,7 +51,7 @@ class Config:
     n_classes: int | None = setting(9691, 'class folders drawn from each domain; None: all of them')
     min_images: int = setting(4, 'classes with fewer teach ArcFace little and are left out')
     max_images: int = setting(50, 'a class gives at most so many, so that none dominates')
-    augmentation: str = setting('none', "the one thing in which a soup's ingredients differ")
+    augmentation: str = setting('none', "what a soup's ingredients differ in, besides seed")
     embedding_dim: int = setting(512, 'width that the classes are separated in; PCA brings it to 64 later')
     head_norm: bool = setting(False, 'batch normalisation, without weights, of what enters the head')
     subcenters: int = setting(3, 'centres a class: several looks of one object, and label noise')

@@ -1,6 +1,7 @@
 """One or several GPUs: device, rank and precision of a process; launching several; a stop that waits for the step's end.
 Launched processes share a folder with the notebook. Files in it say that stop was pressed, and what went wrong."""
 import codecs
+import io
 import json
 import os
 import re
@@ -109,6 +110,18 @@ def stop_requested(folder):
     return True
 
 
+def end_with_notebook(folder):
+    """In a launched process that saves nothing on its way: ends it when the notebook that launched it is gone, as when its
+    kernel was restarted."""
+    def watch():
+        while not stop_requested(folder):
+            time.sleep(1)
+        os._exit(1)
+
+    if 'GUIE_NOTEBOOK' in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def launch(module, folder, processes, *more, stops=True):
     """Runs `python -m module folder *more` in several processes by accelerate launch, and prints what they print. Their
     output goes through files, since a pipe would break when the notebook is killed, before they have saved.
@@ -123,7 +136,7 @@ def launch(module, folder, processes, *more, stops=True):
                '-m', module, str(folder), *map(str, more)]
     home = f'{Path(__file__).resolve().parents[1]}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
     environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // processes)), **os.environ, 'PYTHONPATH': home,
-                   'PYTHONUNBUFFERED': '1', 'GUIE_NOTEBOOK': str(os.getpid())}
+                   'GUIE_NOTEBOOK': str(os.getpid())}
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as complaints, \
             stop_signal((folder / 'stop').touch) if stops else nullcontext():
         # In a session of its own: the stop button signals the notebook's group, and a file passes that on.
@@ -134,7 +147,8 @@ def launch(module, folder, processes, *more, stops=True):
         try:
             print_output(output, child)
         finally:
-            end_launched(child)
+            with stop_signal():  # a press that arrives twice shall not interrupt this
+                end_launched(child)
             (folder / 'stop').unlink(missing_ok=True)
         complaints.seek(0)
         raise_launched_error(folder, child.returncode, complaints.read().decode(errors='replace'), processes)
@@ -163,13 +177,13 @@ def end_launched(child):
 
 def raise_launched_error(folder, returncode, complaints, processes):
     """Raises the error in error.json, or else what the launched processes or their launcher printed as one."""
+    if not returncode:  # what is there may be of another launch in this folder, which was refused
+        return
     name = message = ''
     with suppress(FileNotFoundError, ValueError):  # a full disk leaves half of it
         name, message = json.loads((folder / 'error.json').read_text())
     if name and not LOST.search(message):
         raise ERRORS.get(name, ProcessError)(message)
-    if not returncode:
-        return
     codes = [returncode, *map(int, re.findall(r'exitcode *: (-?\d+)', complaints))]  # the last one ended first
     of_launcher = 'via SIGKILL' in complaints  # it killed those that would not end
     if codes[-1] == -signal.SIGKILL or -signal.SIGKILL in codes and not of_launcher:  # others may abort when one is killed
@@ -195,6 +209,9 @@ def first_reason(complaints):
 
 def report_error(folder, work):
     """In a launched process: runs work(); the first error of all processes is left in folder/error.json."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A line in one write, since the processes share a file: the launcher starts python -u, whose print makes two.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:

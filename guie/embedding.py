@@ -15,7 +15,7 @@ from accelerate.utils import gather, gather_object
 
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
-from guie.distributed import best_device, launch, processes_here, rank_and_world_size, report_error
+from guie.distributed import best_device, end_with_notebook, launch, processes_here, rank_and_world_size, report_error
 from guie.files import printable, progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
 from guie.model import Ensemble
@@ -174,6 +174,7 @@ def selection_score(model, splits, pixels=None):
 
 def main(folder):
     """In a launched process: embeds what embed_all wrote into the folder, together with the others."""
+    end_with_notebook(folder)
     projected = open_checkpoint(folder).projection is not None
     model, splits = load_run(folder, dim=64 if projected else None), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():

@@ -239,9 +239,9 @@ def run_table(run, queries, near):
 
 
 def rounded(value):
-    """Data as JSON can hold them: floats with four digits, NaN as None."""
+    """Data as JSON can hold them: floats with six digits, NaN as None."""
     if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 4)
+        return None if math.isnan(value) else round(value, 6)
     if isinstance(value, dict):
         return {name: rounded(inner) for name, inner in value.items()}
     return [*map(rounded, value)] if isinstance(value, (list, tuple)) else value

@@ -10,6 +10,7 @@ from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
 from guie.heads import train_head
+from guie.resume import run_lock
 from guie.training import run_job, write_job
 
 
@@ -84,7 +85,8 @@ def train_stage(config, splits, folder, processes, options, last):
     elif processes == 1:
         run_job(config, splits, folder, **options)
     else:
-        write_job(config, splits, folder, **options)
+        with run_lock(folder):  # a run under way in this folder keeps its job
+            write_job(config, splits, folder, **options)
         launch('guie.training', folder, processes)
 
 

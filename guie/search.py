@@ -27,7 +27,7 @@ from guie.collection import (
     state_of,
     vectors_of,
 )
-from guie.distributed import best_device, launch, processes_here, report_error, take_place
+from guie.distributed import best_device, end_with_notebook, launch, processes_here, report_error, take_place
 from guie.embedding import WORTH_LAUNCHING
 from guie.errors import FileError, InputError, MissingError
 from guie.files import printable, user_path
@@ -303,6 +303,7 @@ def main(run, folder, cache=None):
     """One of several launched processes: embeds its share of the images that have no vectors yet, for a Search(run, folder)
     to find. Each works alone: none waits for another, what is written stays if one is killed, and the same command goes on
     from there, with as many processes as there are then."""
+    end_with_notebook(run)
     rank, processes = take_place()
     images, root = find_images(folder)
     model, home, name = open_model(run)

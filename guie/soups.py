@@ -64,16 +64,21 @@ def open_ingredients(paths):
     ingredients = [open_checkpoint(path) for path in paths]
     if not ingredients:
         raise InputError('A soup needs ingredients: give the path of at least one checkpoint.')
-    first = ingredients[0]
-    for other in ingredients[1:]:
-        if differences := differences_of(first, other):
-            raise InputError(f'{other.path} cannot be averaged with {first.path}: {differences}. Ingredients '
-                             'share one architecture, classes and preprocessing: leave it out.')
+    refuse_differences(ingredients)
     if len({ingredient.path.resolve() for ingredient in ingredients}) < len(ingredients):
         print('One checkpoint is given more than once and counts as often.')
-    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in first.values()):
-        print(f'{first.path} is in half precision: the average comes out in float32.')
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in ingredients[0].values()):
+        print(f'{ingredients[0].path} is in half precision: the average comes out in float32.')
     return ingredients
+
+
+def refuse_differences(ingredients):
+    """ValueError if Checkpoints cannot be averaged."""
+    for other in ingredients[1:]:
+        if differences := differences_of(ingredients[0], other):
+            raise InputError(f'{other.path} cannot be averaged with {ingredients[0].path}: {differences}. Ingredients share '
+                             f'one architecture, classes and preprocessing: leave one of them out, by moving its folder or '
+                             f'by naming the folders of the others as INGREDIENTS.')
 
 
 def differences_of(first, other):

@@ -64,11 +64,13 @@ def held_by(model):
 def refuse(folder):
     """Prints and raises, in each process."""
     rank, processes = rank_and_world_size()
-    (folder / f'process {os.getpid()}').touch()
-    print(f'process {rank} of {processes} prints ü', flush=True)
-    (folder / f'printed {rank}').touch()
-    while len(list(folder.glob('printed *'))) < processes:  # else the first one's end may come before the other's beginning
-        time.sleep(.01)
+    for place in ('process', 'printed'):  # both print at the same time, and neither ends before the other has
+        if place == 'printed':
+            for _ in range(300):
+                print(f'process {rank} of {processes} prints ü')
+        (folder / f'{place} {os.getpid()}').touch()
+        while len(list(folder.glob(f'{place} *'))) < processes:
+            time.sleep(.001)
     raise InputError(f'The words of process {rank}.')
 
 

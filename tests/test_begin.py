@@ -84,6 +84,18 @@ def test_soups_of_ones_own_data_have_a_folder_of_their_own_but_where_one_is_give
     assert str(folder) == (out_dir or 'runs/pets')
 
 
+def test_runs_of_two_recipes_make_no_soup_but_those_that_are_named_do(pets, tmp_path):
+    config = CONFIG.override(model_name=f'local-dir:{demo.MEDIA}/miniature')
+    for name, one in (('none', config), ('flip', config), ('none_best', config.override(image_size=48))):
+        save_run(tmp_path / f'vit_h_224_{name}', new_model(one, 3), one)
+    with pytest.raises(ValueError, match='image_size .* against .*: leave one of them out, .* as INGREDIENTS') as error:
+        begin_soups(str(pets), tmp_path, ['vit_h_224'])
+    assert is_one_sentence(error)
+    named = {'vit_h_224': [str(tmp_path / f'vit_h_224_{name}') for name in ('none', 'flip')]}
+    ingredients, *_ = begin_soups(str(pets), tmp_path, ['vit_h_224'], named)
+    assert [run.path.parent.name for run in ingredients['vit_h_224']] == ['vit_h_224_none', 'vit_h_224_flip']
+
+
 VALUES = {'model_name': CONFIG.model_name, 'pretrained': 'miniature', 'image_size': 64, 'templates': None, 'dim': 64}
 
 

@@ -1,4 +1,5 @@
 """Collection: vectors on disk that are always those of the images there now, and nothing is embedded twice."""
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -170,6 +171,27 @@ def test_a_damaged_part_is_embedded_again(photos, read, capsys, suffix):
     found = opened(photos)
     assert len(read) == 12 and found.vectors.tolist() == expected and len(parts(photos)) == 1
     assert capsys.readouterr().out.count(f'{file.with_suffix(".csv")} is damaged') == 1
+
+
+def test_a_part_that_the_system_refuses_to_read_is_one_sentence_and_stays(photos, read, monkeypatch):
+    opened(photos)
+    read.clear()
+
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, 'Too many open files')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection.np, 'load', refuse)
+        with pytest.raises(FileError, match=r'could not be read [(]Too many open files[)]: try again; .*ulimit -n') as error:
+            opened(photos)
+    assert is_one_sentence(error) and len(opened(photos).vectors) == 12 and read == []
+
+
+def test_a_part_that_another_process_joined_with_others_meanwhile_is_no_damaged_one(photos, monkeypatch, capsys):
+    opened(photos)
+    file, = (part.with_suffix('.csv') for part in parts(photos))
+    monkeypatch.setattr(Path, 'glob', lambda folder, pattern: [file, file.with_name('0.csv')])
+    assert len(read_parts([file.parent])) == 1 and 'damaged' not in capsys.readouterr().out
 
 
 def test_a_table_is_searched_in_its_own_order_and_shares_the_vectors_of_its_folder(photos, read, capsys):

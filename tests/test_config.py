@@ -251,7 +251,7 @@ def test_a_notebook_shows_what_differs_from_the_recipe_and_what_it_means():
             for row in re.findall(r'<tr>(.*?)</tr>', html)]
     assert [row[:3] for row in rows[1:]] == [
         ['pretrained', 'tag@<b>file', 'laion2b_s32b_b79k'], ['augmentation', 'cutout', 'none'], ['batch_size', '4', 'None']]
-    assert rows[2][3] == "the one thing in which a soup's ingredients differ" and '<b>' not in html
+    assert rows[2][3] == "what a soup's ingredients differ in, besides seed" and '<b>' not in html
     assert repr(config) == "Config(pretrained='tag@<b>file', augmentation='cutout', batch_size=4)"
     assert eval(repr(config)) == config
     assert repr(Config()) == 'Config()'

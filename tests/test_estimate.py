@@ -51,7 +51,7 @@ def test_the_rate_is_that_of_products_on_this_machine():
         start = time.perf_counter()
         matrix @ matrix
         best = min(best, time.perf_counter() - start)
-    assert rate == pytest.approx(2 * 1024 ** 3 / best, rel=.7)  # others may work on this machine
+    assert .2 < rate * best / (2 * 1024 ** 3) < 5  # others may work on this machine
 
 
 @pytest.mark.parametrize('seconds, words', [

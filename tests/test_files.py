@@ -223,7 +223,7 @@ def test_a_progress_bar_is_written_to_the_output_and_not_to_the_errors(capsys):
 
 
 @pytest.mark.parametrize('options, seconds, kept', [
-    ('', 2, True), (', leave=False', 4, True), (', leave=False', .5, False), (', disable=True', 2, False)])
+    ('', 2, True), (', leave=False', 4, True), (', leave=False', .05, False), (', disable=True', 2, False)])
 def test_a_saved_notebook_keeps_one_line_of_a_bar_and_nothing_of_a_short_one_that_is_not_to_stay(options, seconds, kept):
     source = (f'import time\nfrom guie.files import progress_bar\nfor _ in progress_bar(range(30), "work"{options}):\n'
               f'    time.sleep({seconds / 30})')

@@ -1,7 +1,6 @@
 """Packages: what is missing is installed from attached wheels or the index, nothing else is touched, a failure says why."""
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -104,10 +103,9 @@ def test_a_pip_that_ends_well_and_installs_something_else_is_a_failure_too(lacki
         packages.install_missing([tmp_path])
 
 
-def test_where_all_is_there_nothing_is_run_and_it_takes_no_time(commands):
-    started = time.perf_counter()
+def test_where_all_is_there_nothing_is_run(commands):
     packages.install_missing()
-    assert time.perf_counter() - started < .05 and not commands
+    assert not commands
 
 
 def test_every_requirement_is_found_by_its_module_where_all_are_installed():

@@ -13,10 +13,10 @@ from guie.checkpoints import load_run, open_checkpoint
 from guie.config import Config
 from guie.distributed import launch
 from guie.embedding import embed
-from guie.errors import Stopped
+from guie.errors import ProcessError, Stopped
 from guie.losses import adaptive_margins
 from guie.recipes import RECIPES, follow_recipe
-from guie.resume import read_position, saved_states
+from guie.resume import read_position, run_lock, saved_states
 from guie.splits import Splits
 from tests.runs import apart, new_model, same, weights, without_dropout
 
@@ -164,3 +164,10 @@ def test_a_misspelt_recipe_is_one_sentence_with_the_one_that_was_meant(name, mea
     with pytest.raises(ValueError, match=f'^There is no recipe {name!r}; choose .* Did you mean {meant}') as error:
         follow_recipe(Config(), name)
     assert '\n' not in str(error.value)
+
+
+def test_a_second_notebook_leaves_the_job_of_a_run_under_way_alone(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, 'launch', lambda *_: pytest.fail('launched'))
+    with run_lock(tmp_path / 'run'), pytest.raises(ProcessError, match='^Another run is writing into .*/run: wait for it'):
+        recipes.train(CONFIG, splits, tmp_path / 'run', processes=2)
+    assert not (tmp_path / 'run/job').exists()

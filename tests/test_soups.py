@@ -207,6 +207,7 @@ average_states([small])  # whatever the libraries allocate once is there before
 peaks, done, watcher = [anonymous()], threading.Event(), threading.Thread(target=watch)
 watcher.start()
 soup = average_states(paths)
+peaks.append(anonymous())
 done.set()
 print(max(peaks) - peaks[0], *(tensor.unique().tolist() for tensor in soup.values()))
 """
