@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guie.config import PUBLISHED, Config
-from guie.errors import InputError, MissingError
+from guie.errors import ExistsError, InputError, MissingError
 from guie.files import ATTACHED, attached_folders, literal, state_hash, user_path, whole_file
 from guie.model import Embedder, Ensemble, SubcenterHead
 from guie.towers import TowerSpec, build_tower, load_image_tower, resize_tower, unloaded_tower
@@ -74,7 +74,7 @@ def save_state(tensors, path, metadata=None, *, overwrite=False):
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise InputError(f'Metadata is text, unlike {", ".join(wrong)}: pass json.dumps(value).')
     if path.exists() and not overwrite:
-        raise FileExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
+        raise ExistsError(f'{path} exists: choose another name, or pass overwrite=True.')
     with whole_file(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode  # safetensors makes files that only their owner can read

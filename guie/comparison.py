@@ -67,9 +67,12 @@ def compare(a, b, *, queries=4, size=96):
 
 
 def distinct_names(runs):
-    """The names of two runs; if they are the same, each with its parent folder before it."""
-    names = [run.name for run in runs]
-    return names if names[0] != names[1] else [f'{run.path.absolute().parent.parent.name}/{run.name}' for run in runs]
+    """The names of two runs; if they are the same, each with as many folders before it as tell them apart."""
+    names, above = [run.name for run in runs], [run.path.absolute().parent.parent.parts[::-1] for run in runs]
+    if names[0] == names[1]:
+        depth = next((depth for depth, (one, other) in enumerate(zip(*above), 1) if one != other), 0)
+        names = ['/'.join([*parts[:depth][::-1], name]) for parts, name in zip(above, names)]
+    return names if names[0] != names[1] else [f'{name} ({letter})' for name, letter in zip(names, 'ab')]
 
 
 def different_settings(names, runs):

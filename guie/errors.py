@@ -17,6 +17,10 @@ class MissingError(OneSentence, FileNotFoundError):
     """A file or folder that does not exist, or holds something else."""
 
 
+class ExistsError(OneSentence, FileExistsError):
+    """A file or folder that is there already and is not written over."""
+
+
 class FileError(OneSentence, OSError):
     """A file that cannot be read or written."""
 

@@ -3,7 +3,7 @@ import html
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,17 +89,17 @@ def folders_of(out_dir):
     roots = [user_path(root) for root in (out_dir if several else [out_dir])]
     folders = {folder.absolute(): folder for root in roots for folder in runs_below(root) or [root]}.values()
     root = Path() if several else roots[0]
+    above = None if several else root.absolute()
     with_queries = [folder for folder in folders if (folder / 'queries.csv').is_file()]
-    without = [named(folder, root) for folder in folders if folder not in with_queries]
+    without = [named(folder, above) for folder in folders if folder not in with_queries]
     if not with_queries:
         raise MissingError(printable(f'{out_dir} holds no run with queries.csv: run the notebooks, which write it, or '
                                      f'utilities.save_results.'))
     if without:
         print(printable(f'Left out, since they hold no queries.csv: {", ".join(without)}; run their notebooks again, or '
                         f'utilities.save_results.'))
-    names = Counter(folder.name for folder in with_queries)
-    return {str(folder) if several and names[folder.name] > 1 else named(folder, root): folder
-            for folder in with_queries}, root
+    names = [named(folder, above) for folder in with_queries]
+    return {name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, with_queries)}, root
 
 
 def runs_below(root):
@@ -111,9 +111,10 @@ def runs_below(root):
 
 
 def named(folder, root):
-    """A run's name: its folder's, with those below root that it lies in."""
-    inside = root != Path() and folder != root and folder.is_relative_to(root)
-    return folder.relative_to(root).as_posix() if inside else folder.absolute().name
+    """A run's name: its folder's, with those below root (None: none) that it lies in."""
+    folder = folder.absolute()
+    inside = root and folder != root and folder.is_relative_to(root)
+    return folder.relative_to(root).as_posix() if inside else folder.name
 
 
 @dataclass(frozen=True)

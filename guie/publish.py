@@ -15,7 +15,7 @@ from torch import nn
 
 from guie.card import base_of, model_card
 from guie.checkpoints import PROJECTION, Checkpoint, load_run, open_checkpoint, save_state
-from guie.errors import InputError, ProcessError
+from guie.errors import ExistsError, InputError, ProcessError
 from guie.files import folder_beside, reason_of, user_path, whole_file, write_text
 from guie.towers import NO_TEXT, load_open_clip, no_warnings_logged, resize_tower
 
@@ -29,11 +29,11 @@ def publish(run, folder, *, licence=None, text=True, to=None, repo=None):
     """Writes a folder with which others get a run's vectors, without this repository -> its Path.
     run: a run, soup or ensemble. The folder holds open_clip_config.json and open_clip_model.safetensors, which
     open_clip.create_model('local-dir:folder') loads (of a timm tower what timm.create_model loads), projection.safetensors
-    (head and projection to 64 numbers), model.safetensors (the run itself, for load_run; with a timm tower in run/) and
-    README.md, a card of what is recorded; that of an ensemble holds such a folder for each member. Before it is kept, the
-    tower that open_clip or timm makes of it is compared with the run's. licence: of the weights, by the Hub's name; None:
-    unknown. text: False leaves out the pretrained text half. to: 'huggingface' or 'kaggle' uploads it as `repo`; a new repo
-    is private. FileExistsError: the folder holds something else. ValueError: neither library can build the tower, or the
+    (head and projection to 64 numbers) and model.safetensors (the run itself, for load_run), both in run/ with a timm tower,
+    and README.md, a card of what is recorded; that of an ensemble holds such a folder for each member. Before it is kept,
+    the tower that open_clip or timm makes of it is compared with the run's. licence: of the weights, by the Hub's name;
+    None: unknown. text: False leaves out the pretrained text half. to: 'huggingface' or 'kaggle' uploads it as `repo`; a new
+    repo is private. FileExistsError: the folder holds something else. ValueError: neither library can build the tower, or the
     text half cannot be loaded. RuntimeError: a package or a login is missing."""
     checkpoint, folder = open_checkpoint(run), user_path(folder)
     check_upload(to, repo)
@@ -41,7 +41,7 @@ def publish(run, folder, *, licence=None, text=True, to=None, repo=None):
     readme = folder / 'README.md'
     if folder.exists() and (there or not folder.is_dir()) and not (
             readme.is_file() and MARK in readme.read_text('utf-8', 'replace')):
-        raise FileExistsError(f'{folder} holds something that publish did not write: choose another folder.')
+        raise ExistsError(f'{folder} holds something that publish did not write: choose another folder.')
     with folder_beside(folder) as beside:
         write = write_ensemble if checkpoint.metadata.get('method') == 'ensemble' else write_run
         write(checkpoint, beside, licence, text)
@@ -73,7 +73,8 @@ def write_run(checkpoint, folder, licence, text):
                          f'folder together with the code of the tower.')
     half = write_open_clip(checkpoint, model, folder, text) if library == 'open_clip' else write_timm(model, folder)
     check_library(library, model, folder)
-    own = folder / ('run' if library == 'timm' else '.') / 'model.safetensors'  # timm reads another file of this name
+    below = 'run' if library == 'timm' else '.'  # timm reads a model.safetensors of its own, and 1.0.26 none beside others
+    own = folder / below / 'model.safetensors'
     own.parent.mkdir(exist_ok=True)
     try:
         os.link(checkpoint.path.resolve(), own)
@@ -81,8 +82,8 @@ def write_run(checkpoint, folder, licence, text):
         shutil.copyfile(checkpoint.path, own)
     maps = maps_of(model)
     if maps:
-        save_state(maps, folder / 'projection.safetensors')
-    file = lambda place: os.path.normpath(f'{place}/projection.safetensors')
+        save_state(maps, own.with_name('projection.safetensors'))
+    file = lambda place: os.path.normpath(f'{place}/{below}/projection.safetensors')
     code = lambda place: (tower_code(library, place) + [f'maps = load_file({file(place)!r})'] * bool(maps)
                           + HEAD_CODE[model.head is not None])
     snippet = python(library, code('.'), PROJECTION_CODE if model.projection is not None else [])

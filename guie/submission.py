@@ -89,8 +89,8 @@ def at_size(embedder, factor):
 class Submission(nn.Module):
     """What the host runs: an image of any size -> one unit vector of at most 64 numbers.
     members: Embedders, or paths of runs, each fed at its own spec.image_size; their unit vectors are concatenated.
-    projection: nn.Linear to at most 64 columns, or None. Test-time options: flip averages over the image and its mirror
-    image; sizes averages over multiples of the input size, e.g. (1, 1.25), with position embeddings resized."""
+    projection: nn.Linear to at most 64 columns, or None. At test time flip averages over the image and its mirror image,
+    sizes over multiples of the input size, e.g. (1, 1.25), with position embeddings resized."""
 
     def __init__(self, members, projection=None, *, flip=False, sizes=(1,)):
         super().__init__()
@@ -206,8 +206,8 @@ def export_submission(model, path, *, reference=None, submit=False):
     reference.npz in the same folder (images uint8 (n, 3, 96, 96), vectors). submit: on Kaggle, also saves it where the
     competition looks for it. ValueError: a model the host cannot use. OSError: it cannot be written; the old file at `path`
     stays until the new one is whole."""
-    path = user_path(path)
-    path = path / 'submission.zip' if path.is_dir() else path
+    folder, path = str(path).endswith(('/', os.sep)), user_path(path)
+    path = path / 'submission.zip' if folder or path.is_dir() else path
     model = on_cpu(submission_of(model))
     with whole_file(path) as beside, tempfile.TemporaryDirectory(prefix='.submission-', dir=path.parent) as folder, \
             torch.no_grad(), warnings.catch_warnings():
@@ -219,9 +219,8 @@ def export_submission(model, path, *, reference=None, submit=False):
     print(f'{path}: {path.stat().st_size / 2**20:.1f} MB, {dim} dimensions, within {worst:.1g} of the model.')
     if reference is not None:
         images = reference_images(reference)
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_file(path.with_name('reference.npz')) as beside:
             vectors = np.concatenate([model(torch.from_numpy(image)[None]) for image in images])
-        with whole_file(path.with_name('reference.npz')) as beside:
             np.savez(beside, images=images, vectors=vectors)
     if submit:
         copy_to_kaggle_output(path)
@@ -245,10 +244,11 @@ def reference_images(frame, count=16, size=96):
 
 
 def note_left_out(unreadable, *tables):
-    """Prints how many images could not be read, and the first; OSError if all of a table's paths are among them."""
-    for paths in tables if unreadable else ():
+    """Prints how many images could not be read, and the first; OSError if a table has no other."""
+    for paths in tables:
         if {*paths} <= {*unreadable}:
-            raise FileError(f'None of {len({*paths})} images can be read, first {min(paths)}: check the data folder.')
+            first = f', first {min(paths)}' if len(paths) else ''
+            raise FileError(f'None of {len({*paths})} images can be read{first}: check the data folder.')
     if unreadable:
         print(f'{len(unreadable)} images could not be read and were left out, first {unreadable[0]}')
 
@@ -258,8 +258,7 @@ def load_submission(zip_path):
     if not Path(zip_path).is_file():
         raise MissingError(f'There is no submission {zip_path}: check the path, or write it with export_submission.')
     try:
-        with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, \
-                warnings.catch_warnings():
+        with zipfile.ZipFile(zip_path) as archive, tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # as in export_submission
             return torch.jit.load(archive.extract('saved_model.pt', folder)).eval()
     except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, zlib.error) as error:
@@ -319,6 +318,7 @@ def evaluate_submission(zip_path, query_frame, index_frame, *, max_unreadable=No
     a dict: mp5, images_per_second, hours, dim, the paths `unreadable`, and the vectors query and index of all others,
     float32 (n, dim)."""
     zip_path, frames = user_path(zip_path), (query_frame, index_frame)
+    note_left_out((), *(frame['path'] for frame in frames))  # neither is empty
     model, paths = load_submission(zip_path), dict.fromkeys([*query_frame['path'], *index_frame['path']])
     most, start = max(100, len(paths) // 100) if max_unreadable is None else max_unreadable, time.perf_counter()
     with torch.no_grad():

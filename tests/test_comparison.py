@@ -114,6 +114,9 @@ def test_runs_whose_data_lay_elsewhere_are_compared_by_label_and_file_name(tmp_p
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path, images):
     runs = [write_run(tmp_path / parent / 'vit', images, [right] * 6) for parent, right in (('old', 0), ('new', 2))]
     assert compare(*runs).scores['run'].tolist()[:2] == ['old/vit', 'new/vit']
+    runs = [write_run(tmp_path / parent / 'pets/vit', images, [right] * 6) for parent, right in (('old', 0), ('new', 2))]
+    assert compare(*runs).queries.columns.tolist() == ['path', 'label', 'domain', 'old/pets/vit', 'new/pets/vit', 'change']
+    assert compare(runs[0], runs[0]).scores['run'].tolist()[:2] == ['vit (a)', 'vit (b)']
 
 
 def test_equal_runs_have_nothing_to_show(tmp_path, images, capsys):

@@ -307,12 +307,14 @@ def sleepers(monkeypatch):
 
 @pytest.mark.parametrize('stops, presses', [(True, 2), (False, 1)])
 def test_pressed_twice_the_stop_button_ends_launched_processes_and_once_those_that_never_look(
-        tmp_path, sleepers, stops, presses):
+        tmp_path, request, sleepers, stops, presses):
     def press():
         for _ in range(presses):
             time.sleep(2)  # within one second it is one press that arrived twice
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Thread(target=lambda: (wait_for(lambda: sleepers), press()), daemon=True).start()
     started = time.time()
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from guie import explore as room
-from guie.explore import choose_pair, compare_pairs, explore
+from guie.explore import choose_pair, compare_pairs, explore, folders_of
 from guie.scores import paired_bootstrap
 
 EVIL_FILE, EVIL_LABEL = '<img src=x onerror=alert(1)>.jpg', '</script><script>alert(1)</script> & "quoted\'s" \u2028'
@@ -475,6 +475,17 @@ def test_what_was_written_and_left_out_is_printed(world, tmp_path, capsys, monke
     assert size < 200_000
     monkeypatch.chdir(tmp_path)
     assert explore([world[0] / 'second', str(world[0] / 'third')], 'mine.html').path.absolute() == tmp_path / 'mine.html'
+
+
+def test_runs_of_equal_names_are_all_shown_wherever_one_stands(world, tmp_path, monkeypatch):
+    for place in ('a/soup', 'b/soup', 'soup'):
+        shutil.copytree(world[0] / 'second', tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    for given, names in (('.', {'a/soup', 'b/soup', 'soup'}), (tmp_path, {'a/soup', 'b/soup', 'soup'}),
+                         (['a', '../' + tmp_path.name + '/b', 'soup'], {'a/soup', f'../{tmp_path.name}/b/soup', 'soup'})):
+        assert set(folders_of(given)[0]) == names
+    monkeypatch.chdir(tmp_path / 'a/soup')
+    assert len(folders_of(['.', '../../b/soup'])[0]) == 2
 
 
 def test_without_any_queries_one_sentence_names_the_way_out(tmp_path):

@@ -130,6 +130,7 @@ def test_the_text_half_is_the_pretrained_one_with_its_words(published):
 
 
 def test_timm_alone_gives_the_towers_vectors(runs, published):
+    assert {path.name for path in published['timm'].iterdir()} == {'README.md', 'config.json', 'model.safetensors', 'run'}
     model = timm.create_model(f'local-dir:{published["timm"]}', pretrained=True).eval()
     facts = timm.data.resolve_model_data_config(model)
     image = random_image(48)
@@ -248,7 +249,7 @@ def test_a_published_folder_is_written_again_and_what_is_left_is_named(runs, tmp
     (tmp_path / 'out').mkdir()
     publish(runs / 'timm', tmp_path / 'out')
     publish(runs / 'clip', tmp_path / 'out', text=False)
-    assert '2 files are there from before, first config.json' in capsys.readouterr().out
+    assert '3 files are there from before, first config.json' in capsys.readouterr().out
     assert load_run(tmp_path / 'out').spec.model_name == CONFIG.model_name
 
 

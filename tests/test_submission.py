@@ -183,6 +183,8 @@ def test_the_zip_holds_one_stored_file_of_a_version_that_the_host_reads(tmp_path
         with zipfile.ZipFile(archive.extract('saved_model.pt', tmp_path)) as inner:
             assert int(inner.read('saved_model/version')) <= 9
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['submission.zip']
+    export_submission(clip(), f'{tmp_path}/other/')
+    assert [path.name for path in (tmp_path / 'other').iterdir()] == ['submission.zip']
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path):
@@ -561,6 +563,8 @@ def test_too_many_or_only_unreadable_images_are_one_sentence(world, tmp_path):
     for frames, options, words in (
             ((bad, index), {}, 'None of 8 images can be read, first .*0.jpg: check the data folder.'),
             ((query, bad), {}, 'None of 8 images can be read'),
+            ((query.head(0), index), {}, 'None of 0 images can be read: check the data folder.'),
+            ((query, index.head(0)), {}, 'None of 0 images can be read: check the data folder.'),
             ((pd.concat([query, bad]), index), {'max_unreadable': 7},
              'More than 7 images .max_unreadable. cannot be read; the last: .*7.jpg is not a readable image')):
         with pytest.raises(OSError, match=words) as error:
@@ -577,8 +581,9 @@ def test_the_reference_is_of_the_first_images_that_can_be_read(world, tmp_path, 
         assert reference['images'].shape == (16, 3, 96, 96) and reference['vectors'].shape == (16, 8)
         assert np.array_equal(reference['images'][0].transpose(1, 2, 0), read_image(query['path'].iloc[0], 96))
     assert f'5 images could not be read and were left out, first {bad["path"].iloc[0]}' in capsys.readouterr().out
-    with pytest.raises(OSError, match='None of 5 images can be read'):
-        export_submission(clip(dim=8), tmp_path, reference=bad)
+    for images, count in ((bad, 5), (bad.head(0), 0)):
+        with pytest.raises(OSError, match=f'None of {count} images can be read'):
+            export_submission(clip(dim=8), tmp_path, reference=images)
 
 
 def test_a_submission_that_cannot_be_unpacked_is_told_apart_from_one_that_is_none(world, monkeypatch):
