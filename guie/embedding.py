@@ -19,7 +19,7 @@ from guie.distributed import best_device, end_with_notebook, launch, processes_h
 from guie.files import printable, progress_bar, state_hash, user_path, whole_file
 from guie.images import ImageDataset, loader
 from guie.model import Ensemble
-from guie.scores import score_table
+from guie.scores import selection_mp5
 from guie.splits import SELECTION, Splits
 
 WORTH_LAUNCHING = 20_000  # images: for fewer, starting processes takes longer than it saves
@@ -168,8 +168,7 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
 
 def selection_score(model, splits, pixels=None):
     """mP@5 of a model at its own width on the selection split. pixels: as in embed."""
-    vectors = {name: embed(model, splits[name], desc=name, pixels=pixels) for name in SELECTION}
-    return float(score_table('', '', vectors, splits, dims=(None,), split='selection_')['mp5'].iloc[0])
+    return selection_mp5({name: embed(model, splits[name], desc=name, pixels=pixels) for name in SELECTION}, splits)
 
 
 def main(folder):

@@ -32,9 +32,9 @@ def publish(run, folder, *, licence=None, text=True, to=None, repo=None):
     (head and projection to 64 numbers) and model.safetensors (the run itself, for load_run), both in run/ with a timm tower,
     and README.md, a card of what is recorded; that of an ensemble holds such a folder for each member. Before it is kept,
     the tower that open_clip or timm makes of it is compared with the run's. licence: of the weights, by the Hub's name;
-    None: unknown. text: False leaves out the pretrained text half. to: 'huggingface' or 'kaggle' uploads it as `repo`; a new
-    repo is private. FileExistsError: the folder holds something else. ValueError: neither library can build the tower, or the
-    text half cannot be loaded. RuntimeError: a package or a login is missing."""
+    None: unknown. text: False leaves out the pretrained text half. to: 'huggingface' or 'kaggle' uploads it as `repo`, a new
+    one in private. FileExistsError: the folder holds something else. ValueError: neither library can build the tower, or
+    the text half cannot be loaded. RuntimeError: a package or a login is missing."""
     checkpoint, folder = open_checkpoint(run), user_path(folder)
     check_upload(to, repo)
     there = {path for path in folder.rglob('*') if path.is_file()} if folder.is_dir() else set()

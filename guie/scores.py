@@ -63,6 +63,11 @@ def score_table(stage, name, vectors, splits, *, dims=(None, 64), projection=Non
                          for dim, precisions, (low, high) in zip(dims, rows, ends)])
 
 
+def selection_mp5(vectors, splits):
+    """mP@5 of vectors (of embed_all) at their own width on the objects to make choices on."""
+    return float(score_table('', '', vectors, splits, dims=(None,), split='selection_')['mp5'].iloc[0])
+
+
 def scores_by_domain(vectors, splits, dim=64, projection=None):
     """mP@5 of each domain -> DataFrame domain, mp5, low, high (as in score_table), queries (judged), left_out."""
     table = splits['query'][['domain', 'label']].assign(mp5=precisions_of(vectors, splits, dim, projection))

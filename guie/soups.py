@@ -11,13 +11,13 @@ import torch
 
 from guie.checkpoints import Checkpoint, base_state, load_run, open_checkpoint, save_state
 from guie.config import Config
-from guie.embedding import embed_all, save_vectors, selection_score, vectors_hash
+from guie.embedding import embed_all, save_vectors, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5
-from guie.scores import score_table
+from guie.scores import score_table, selection_mp5
 from guie.sources import named
-from guie.splits import Splits, describe, load_data, other_images, sample_classes
+from guie.splits import SELECTION, Splits, describe, load_data, other_images, sample_classes
 from guie.weights import load_strictly
 
 OF_DATA = ('data_seed', 'n_classes', 'min_images', 'max_images', 'pca_images')  # fields of Config that decide the splits
@@ -246,7 +246,7 @@ class StateEmbedder:
     splits: those of the run, to which 'seen' is added, images of trained classes."""
 
     def __init__(self, run, splits):
-        self.run, self.model, self.known, self.scores = open_checkpoint(run), load_run(run, dim=None), {}, {}
+        self.run, self.model, self.known = open_checkpoint(run), load_run(run, dim=None), {}
         self.pixels = {}  # of images that were read, for the next state
         self.splits = Splits(splits, seen=sample_classes(splits['train']))
 
@@ -280,10 +280,7 @@ class StateEmbedder:
 
     def score(self, state):
         """mP@5 at the state's own width on the selection objects."""
-        key = self.load(state)
-        if key not in self.scores:
-            self.scores[key] = selection_score(self.model, self.splits, self.pixels)
-        return self.scores[key]
+        return selection_mp5(self.vectors(state, SELECTION), self.splits)
 
 
 def sweep_alpha(base, soup, alphas, embedder):

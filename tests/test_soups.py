@@ -402,9 +402,10 @@ def test_the_wise_ft_curve_runs_from_the_pretrained_tower_under_the_head_to_the_
         assert row.low < scores[2] < row.high
     assert curve.columns.tolist() == ['alpha', 'selection', 'seen', 'never seen', 'low', 'high']
     assert curve['alpha'].tolist() == [0, 1] and (curve.iloc[0, 1:] != curve.iloc[1, 1:]).any()
-    monkeypatch.setattr(soups, 'selection_score', lambda *arguments: 0)  # the same state is not scored again
+    monkeypatch.setattr(embedding, 'loader', lambda *_, **__: pytest.fail('images were embedded again'))
     assert embedder.score(model.state_dict()) == curve['selection'].iloc[1] > 0
-    assert embedder.score(new_model(CONFIG.override(head_seed=9)).state_dict()) == 0
+    with pytest.raises(pytest.fail.Exception):
+        embedder.score(new_model(CONFIG.override(head_seed=9)).state_dict())
 
 
 def runs_of(folder, seeds):
@@ -449,7 +450,7 @@ def test_a_soup_of_attached_runs_takes_their_vectors_and_leaves_their_folders_as
         patch.setattr(embedding, 'loader', lambda *_, **__: pytest.fail('images were embedded again'))
         vectors = [embedder.vectors(run, ['query'], tmp_path / 'runs' / run.name / 'vectors')['query'] for run in found]
     assert all(np.array_equal(each, embed(load_run(run), splits['query'])) for each, run in zip(vectors, found))
-    embedder.vectors(found[0], ['selection_query'])  # which is not there
+    embedder.vectors(found[0], ['train'])  # which is not there
     assert contents(tmp_path / 'input') == before
     assert {path.partition('/')[0] for path in contents(tmp_path / 'runs')} == {'greedy', 'soup'}
 
