@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import os
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from guie.datasets import any_names, list_images
 from guie.distributed import best_device
 from guie.embedding import embed, vectors_hash
 from guie.errors import FileError, InputError
-from guie.files import check_writable, file_hash, printable, reason_of, user_path, whole_file
+from guie.files import check_writable, file_hash, printable, reason_of, short_name, user_path, whole_file
 from guie.projection import l2_normalise
 from guie.submission import host_vectors
 
 PART = 2_000  # images whose vectors a stopped session loses at most; ten times as many with a GPU
+DAY = 24 * 60 * 60  # seconds
 KEY = ['file', 'size', 'mtime']  # an image: its path below the folder, bytes, and time of change in nanoseconds
 
 
@@ -50,6 +52,7 @@ def find_images(folder):
     if isinstance(folder, pd.DataFrame):
         if 'path' not in folder or folder.empty:
             raise InputError('The table to search names no images: give one with a column path, or a folder.')
+        check_paths(folder['path'].tolist())
         frame = folder.assign(path=[os.path.abspath(path) for path in folder['path']])
         if (again := frame['path'].duplicated()).any():
             print(f'{again.sum():,} rows of the table repeat an image and were dropped')
@@ -58,8 +61,15 @@ def find_images(folder):
         frame, root = list_images(folder), os.path.abspath(user_path(folder))
     labels = ['label'] if 'label' in frame and frame['label'].nunique() > 1 else []
     below = len(root.rstrip('/')) + 1
-    frame = frame[['path', *labels]].reset_index(drop=True)
+    frame = frame[['path', *labels]].reset_index(drop=True).astype(dict.fromkeys(labels, object))  # no unused categories
     return frame.assign(file=[path[below:] for path in frame['path']]), root
+
+
+def check_paths(paths):
+    """InputError unless each is a path, which an empty cell of a table is not."""
+    if bad := [row for row, path in enumerate(paths) if not path or not isinstance(path, (str, os.PathLike))]:
+        raise InputError(f'The table to search names no image in {len(bad):,} of {len(paths):,} rows, first row {bad[0]} '
+                         f'(path {paths[bad[0]]!r}): leave these out.')
 
 
 def state_of(path):
@@ -74,7 +84,7 @@ def cache_folders(root, home, name, cache=None):
     """Folders that may hold the vectors of the images below a root; the last one can be written.
     home: the run's folder, or None for a model without one. cache: None is home, or runs/search/<name> where that cannot be
     written. FileError if neither can."""
-    below = f'{os.path.basename(root)}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
+    below = f'{short_name(os.path.basename(root), 246)}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
     places = [home and home / 'search', Path('runs/search', name)] if cache is None else [user_path(cache)]
     folders = [place / below for place in places if place]
     for count, folder in enumerate(folders, start=1):
@@ -142,6 +152,16 @@ def remove_part(file):
             path.unlink()
 
 
+def remove_leftovers(folder):
+    """Deletes what killed processes left in a folder: half-written files, and vectors whose table was never written. Only
+    what is older than a day: another process may be writing."""
+    untabled = (file for file in folder.glob('*.npy') if file.stem.isdigit() and not file.with_suffix('.csv').exists())
+    for path in [*folder.glob('.part-*'), *untabled]:
+        with suppress(OSError):  # it may not be deleted, or another process did
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @any_names
 def look_up(frame, folders):
     """(parts, their images as one table with `part` and `row`, the position in it of each image of the frame or -1)."""
@@ -196,6 +216,7 @@ def collect(frame, root, model, folders, kind='vectors'):
     kind: how the names of the folders below begin. An image that cannot be read is remembered until it changes; what is gone
     leaves. FileError if none can be read."""
     folders = [folder / f'{kind}-{hash_of(model)}' for folder in folders]
+    remove_leftovers(folders[-1])
     frame = with_states(frame)
     parts, stored, places = look_up(frame, folders)
     new = frame[(places < 0) & (frame['size'] >= 0)]

@@ -91,6 +91,12 @@ def printable(text):
     return text.encode(errors='backslashreplace').decode()
 
 
+def short_name(name, most):
+    """A file's name cut to so many bytes, at a character's end: file systems refuse more than 255."""
+    content = os.fsencode(name)
+    return name if len(content) <= most else content[:most].decode(errors='ignore')
+
+
 def attached_folders(places=ATTACHED, depth=6):
     """Yields the places and the folders up to `depth` levels below them as str, level by level, each sorted."""
     level = [os.path.abspath(user_path(place)) for place in places]

@@ -2,6 +2,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,14 @@ def test_folders_without_images_are_one_sentence(tmp_path, photos):
     assert is_one_sentence(error)
 
 
+@pytest.mark.parametrize('bad', [None, np.nan, '', 7, b'a.jpg'])
+def test_a_table_with_an_empty_cell_for_a_path_is_one_sentence(photos, bad):
+    paths = [photos / 'a/0.jpg', str(photos / 'a/1.jpg'), bad, bad]
+    with pytest.raises(InputError, match=r'names no image in 2 of 4 rows, first row 2 \(path .*\): leave these') as error:
+        find_images(pd.DataFrame({'path': pd.Series(paths, dtype=object)}))
+    assert is_one_sentence(error)
+
+
 def test_a_model_that_gives_nan_is_one_sentence_and_nothing_is_kept(photos):
     broken = small_model().eval()
     with torch.no_grad():
@@ -296,6 +305,42 @@ def test_vectors_lie_in_the_runs_folder_or_in_runs_or_where_the_user_says(tmp_pa
     with pytest.raises(FileError, match='give another folder for the vectors as cache=') as error:
         cache_folders(root, home, 'vit', tmp_path / 'locked/search')
     assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize('name', ['a' * 255, '图' * 85, 'a' * 246])
+def test_a_folder_of_the_longest_name_is_searched_too(photos, name, tmp_path):
+    folder = photos.rename(tmp_path / name)
+    own, = cache_folders(str(folder), tmp_path / 'run', 'run')
+    assert own.is_dir() and len(os.fsencode(own.name)) <= 255 and name.startswith(own.name[:-9]) and len(own.name) > 90
+    frame, root = find_images(folder)
+    assert len(collect(frame, root, MODEL, [own]).vectors) == 12
+
+
+def test_what_killed_processes_left_is_deleted_once_it_is_a_day_old(photos, read):
+    opened(photos)
+    folder, before = parts(photos)[0].parent, parts(photos)
+    left = [folder / name for name in ('.part-1.npy', '.part-1.csv', '1.npy', 'mine.npy', '.part-2.npy', '2.npy')]
+    for path in left:
+        path.touch()
+    for path in [*left[:4], *folder.glob('1*')]:
+        os.utime(path, (time.time() - 90_000,) * 2)
+    opened(photos)
+    assert [path for path in left if path.exists()] == left[3:]  # another process may write, and one's own is no leftover
+    assert all(path.exists() for path in before) and len(read) == 12
+
+
+def test_leftovers_that_may_not_be_deleted_stay(photos, monkeypatch):
+    opened(photos)
+    left = parts(photos)[0].parent / '.part-1.npy'
+    left.touch()
+    os.utime(left, (0, 0))
+
+    def refuse(path, **_):
+        raise PermissionError(f'{path} lies in a folder that is read only')
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    assert_vectors(opened(photos))
+    assert left.exists()
 
 
 def test_parts_of_unreadable_images_alone_are_read(photos, monkeypatch):

@@ -115,6 +115,13 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['file', 'folder']
 
 
+@pytest.mark.parametrize('name, most, kept', [
+    ('a.tar', 5, 'a.tar'), ('ab.tar', 5, 'ab.ta'), ('图图图', 9, '图图图'), ('图图图', 8, '图图'), ('é' * 9, 5, 'éé'),
+    (os.fsdecode(b'\xff' * 9), 9, os.fsdecode(b'\xff' * 9))])
+def test_a_name_is_cut_by_bytes_at_a_characters_end_and_only_if_it_must_be(name, most, kept):
+    assert files.short_name(name, most) == kept
+
+
 def test_attached_folders_are_found_six_levels_deep_the_least_deep_first(tmp_path):
     for path in ('b/c/d/e/f/g/too deep', 'b/z', 'a/y', 'store'):
         (tmp_path / path).mkdir(parents=True)
