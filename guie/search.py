@@ -114,9 +114,13 @@ class Search:
         return found_in(self.collection, vector, whole_number(k), leave_out, self.faiss)
 
     def place_of(self, path):
-        """The position of a file among the images, or None."""
-        places = np.flatnonzero(self.files['path'] == os.path.abspath(path))
-        return int(places[0]) if len(places) else None
+        """The position of a file among the images, or None. The links that lead to it, and to the folder, do not count."""
+        path, real = os.path.abspath(path), os.path.join(os.path.realpath(self.root), '')
+        ways = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), os.path.realpath(path)
+        ways = [os.path.join(self.root, way.removeprefix(real)) for way in ways if way.startswith(real)]
+        for way in dict.fromkeys([path, *ways]):
+            if len(places := np.flatnonzero(self.files['path'] == way)):
+                return int(places[0])
 
     def embed(self, path):
         """The unit vector of an image file: float32 (dim,)."""
@@ -299,10 +303,13 @@ def embed_on_all_gpus(run, root, images, model, folders, cache):
             launch('guie.search', run, processes_here(), root, *([] if cache is None else [cache]), stops=False)
 
 
-def main(run, folder, cache=None):
+def main(run=None, folder=None, cache=None, *more):
     """One of several launched processes: embeds its share of the images that have no vectors yet, for a Search(run, folder)
     to find. Each works alone: none waits for another, what is written stays if one is killed, and the same command goes on
     from there, with as many processes as there are then."""
+    if folder is None or more:
+        raise InputError('Name a run and a folder of images, and perhaps one for the vectors: accelerate launch -m '
+                         'guie.search RUN FOLDER [CACHE].')
     end_with_notebook(run)
     rank, processes = take_place()
     images, root = find_images(folder)
@@ -311,4 +318,4 @@ def main(run, folder, cache=None):
 
 
 if __name__ == '__main__':
-    report_error(sys.argv[1], lambda: main(*sys.argv[1:]))
+    report_error(sys.argv[1] if sys.argv[1:] else os.devnull, lambda: main(*sys.argv[1:]))

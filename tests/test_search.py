@@ -2,6 +2,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from math import comb
 from pathlib import Path
 
@@ -134,6 +136,20 @@ def test_an_image_that_changed_since_is_embedded_anew_and_still_not_its_own_neig
     shutil.copy(train['path'][50], path)
     rows, _ = brute_force(found.vectors, embed(MODEL, train.iloc[[50]])[0], 5, leave_out=2)
     assert found.like(path)['path'].tolist() == found.files['path'].iloc[rows].tolist()
+
+
+def test_an_image_is_not_its_own_neighbour_whichever_links_lead_to_it_or_to_the_folder(photos, tmp_path, train):
+    (tmp_path / 'link').symlink_to(photos)
+    (photos / 'a/again.jpg').symlink_to(photos / 'a/1.jpg')  # an image of its own
+    (tmp_path / 'one.jpg').symlink_to(photos / 'a/1.jpg')
+    table = pd.DataFrame({'path': [str(tmp_path / 'link' / path.relative_to(photos)) for path in photos.rglob('*.jpg')]})
+    for folder in (photos, tmp_path / 'link', table):
+        found = Search(MODEL, folder, cache=tmp_path / 'kept')
+        for query, name in ((photos / 'a/0.jpg', 'a/0.jpg'), (tmp_path / 'link/a/0.jpg', 'a/0.jpg'),
+                            (photos / 'a/again.jpg', 'a/again.jpg'), (tmp_path / 'one.jpg', 'a/1.jpg')):
+            assert found.files['path'][found.place_of(query)].endswith(f'/{name}')
+            assert not found.like(query, 24, draw=False)['path'].str.endswith(f'/{name}').any()
+        assert found.place_of(train['path'][40]) is None
 
 
 def test_more_than_there_are_is_all_there_are_and_said(photos, tmp_path, capsys):
@@ -393,6 +409,17 @@ def test_the_recall_of_texts_is_that_of_a_few_names_where_there_are_many(monkeyp
     assert f'recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 3 labels' in said
 
 
+def test_the_recall_of_texts_is_the_same_for_labels_of_categories_some_of_which_no_image_has(named, tmp_path, capsys):
+    files = Search(zero_shot(), named, cache=tmp_path / 'kept').files
+    categories = pd.Categorical(files['label'], [*files['label'].unique(), *map(str, range(40))])
+    said = []
+    for table in (files, files.assign(label=categories)):
+        found = Search(zero_shot(), table[['path', 'label']], cache=tmp_path / 'kept')
+        found.text('apple', 3)
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith('Texts find')))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize('words', ['', '  ', None, 7, ['red']])
 def test_a_text_is_some_words(named, tmp_path, words):
     with pytest.raises(InputError, match='give some words') as error:
@@ -441,6 +468,17 @@ def test_of_two_processes_one_is_killed_and_the_same_command_goes_on_from_there(
     found = Search(tmp_path / 'run', photos, cache=tmp_path / 'kept')
     expected = embed(model, found.files.assign(label=''))
     assert np.allclose(found.vectors, expected, atol=1e-6) and isinstance(found.vectors, np.memmap)
+
+
+@pytest.mark.parametrize('given', [(), ('run',), ('run', 'photos', 'kept', 'more')])
+def test_a_process_that_is_not_told_what_to_embed_is_one_sentence(tmp_path, given):
+    with pytest.raises(InputError, match='Name a run and a folder of images') as error:
+        search.main(*given)
+    assert is_one_sentence(error)
+    if not given:
+        done = subprocess.run([sys.executable, '-m', 'guie.search'], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {'PYTHONPATH': os.getcwd()})
+        assert done.returncode == 1 and done.stderr == f'{error.value}\n' and not [*tmp_path.iterdir()]
 
 
 def test_where_there_are_several_gpus_many_images_are_embedded_by_a_process_each(photos, tmp_path, monkeypatch, capsys):
