@@ -7,9 +7,11 @@ folders of files, or addresses that webdataset opens. A tar file that has vector
 changed. It is known by its path, which must be the same on all machines."""
 import hashlib
 import os
+import re
 import sys
 import tarfile
 from collections import Counter
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -18,19 +20,27 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from guie.collection import SubmissionFile, hash_of, read_part, write_part
+from guie.collection import SubmissionFile, hash_of, read_part, remove_leftovers, write_part
 from guie.datasets import any_names
 from guie.distributed import best_device, report_error, take_place
-from guie.errors import FileError, InputError, MissingError
-from guie.files import folder_beside, printable, progress_bar, user_path
+from guie.errors import FileError, InputError, MissingError, Stopped
+from guie.files import folder_beside, printable, progress_bar, short_name, user_path
 from guie.images import default_workers, image_suffixes, one_thread, read_pixels
 from guie.listing import hidden, say_passed, suffix_of
 from guie.model import Ensemble
 from guie.projection import l2_normalise
 from guie.retrieval import nearest_neighbours
-from guie.search import open_model
+from guie.search import open_model, whole_number
 
 BATCH = 64  # images that a tower sees at a time
+PADDING = 4 << 20  # bytes of zeros that may end a tar file: tar -b 4096 writes half of that
+# Parameters that sign an address or let it expire; Azure's short names sign only beside its sig.
+SIGNING = 'x-(amz|goog|oss)-.*|signature|expires|(aws|oss)accesskeyid|googleaccessid|key-pair-id|policy|token|sig'
+AZURE = f'{SIGNING}|s[etpvrs]|srt|spr|sip|sk(oid|tid|t|e|s|v)'
+
+
+class UnusableTars(FileError):
+    """Some tar files are damaged, or none of their images can be read; all others are done."""
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -84,11 +94,24 @@ def images_of(file, passed):
     """Yields (name, bytes) of the images in a tar file; counts other files by suffix in `passed`."""
     suffixes = image_suffixes()
     with opened(file) as stream, tarfile.open(fileobj=stream, mode='r|*', tarinfo=StrictTarInfo) as tar:
+        member = None
         for member in tar:
             if member.isfile() and suffix_of(member.name)[1:] in suffixes and not hidden(os.path.basename(member.name)):
                 yield member.name, tar.extractfile(member).read()
             elif not member.isdir():
                 passed[suffix_of(member.name) if member.isfile() else 'links'] += 1
+        check_end(tar, PADDING if member else tarfile.RECORDSIZE)
+
+
+def check_end(tar, most):
+    """ReadError unless a tar file ends where tarfile takes it to end, at the first zeros, but for `most` more of them."""
+    zeros = 0
+    while block := tar.fileobj.read(1 << 20):
+        zeros += len(block)
+        if block.strip(b'\0'):
+            raise tarfile.ReadError('damaged, or several tar files joined: more follows the zeros that end it')
+        if zeros > most:
+            raise tarfile.ReadError('damaged or not copied to its end: the rest is zeros')
 
 
 def opened(file):
@@ -122,7 +145,7 @@ def is_address(file):
 
 def tar_files(given):
     """The tar files of some files, addresses and folders of files, in order, each once. MissingError: one that is not there,
-    or none at all. InputError: an address without webdataset."""
+    or none at all. InputError: an address without webdataset, or one that is named twice, signed in two ways."""
     files = []
     for one in map(str, given):
         path = one if is_address(one) else os.path.abspath(user_path(one))
@@ -138,33 +161,61 @@ def tar_files(given):
             import webdataset  # noqa: F401  (before a worker needs it)
         except ImportError:
             raise InputError('Addresses are opened by webdataset, which is not installed: pip install webdataset.') from None
-    return [*dict.fromkeys(files)]
+    known = {}
+    for file in files:
+        if known.setdefault(unsigned(file), file) != file:
+            raise InputError(printable(f'{unsigned(file)} is named with several signatures, which do not tell tar files '
+                                       f'apart: name it once, or download them if these are several.'))
+    return [*known.values()]
+
+
+def unsigned(file):
+    """A tar file or address without what signs the latter or lets it expire."""
+    if not file.startswith(('http://', 'https://')):
+        return file
+    address, _, query = file.partition('?')
+    signing = re.compile(f'({AZURE if "&sig=" in f"&{query}" else SIGNING})(=.*)?', re.IGNORECASE)
+    kept = '&'.join(one for one in query.split('&') if not signing.fullmatch(one))
+    return f'{address}?{kept}' if kept else address
 
 
 def part_of(folder, file):
-    """The table of a tar file's vectors, whether there or not. What follows the ? of an address, such as a signature, does
-    not count."""
-    file = file.partition('?')[0] if is_address(file) else file
-    name = os.path.basename(file.rstrip('/')).removesuffix('.tar')[:80]
-    return folder / f'{name}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}.csv'
+    """The table of a tar file's vectors, whether there or not. The signature of an address does not count."""
+    shown = file.partition('?')[0] if is_address(file) else file
+    name = short_name(os.path.basename(shown.rstrip('/')).removesuffix('.tar')[:80], 236)  # with what write_part adds, 255
+    return folder / f'{name}-{hashlib.sha256(os.fsencode(unsigned(file))).hexdigest()[:8]}.csv'
+
+
+@contextmanager
+def killed_workers_named():
+    """Says in one sentence that a data-loading process was killed, which PyTorch tells at any moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise Stopped('A data-loading process was killed, most likely because memory ran out: start fewer processes, or set '
+                      'workers of embed_shards lower (0 loads in the process itself); the same command goes on from here.'
+                      ) from None
 
 
 def embed_shards(model, shards, folder, rank=0, processes=1, workers=None):
     """Embeds every processes-th tar file, from the rank-th on, that has no vectors yet -> the folder of the model's vectors.
     model: Embedder or Ensemble. shards: as in tar_files. Images that cannot be read are counted, printed, and have no
-    vector. FileError, after all others are done: tar files that are damaged or of which no image can be read; they leave
-    nothing."""
+    vector. UnusableTars, a FileError, after all others are done: tar files that are damaged or of which no image can be
+    read; they leave nothing. FileError: what cannot be written. Stopped: a worker was killed."""
     if isinstance(model, SubmissionFile):
         raise InputError('A submission.zip takes one image at a time: embed tar files by the run or ensemble that it is of.')
     folder = user_path(folder) / f'vectors-{hash_of(model)}'
     with folder_beside(folder / 'any'):  # it can be written
         files = [file for file in tar_files(shards)[rank::processes] if not is_done(part_of(folder, file))]
+    remove_leftovers(folder)
     members, broken, held, passed = members_of(model), [], {}, Counter()
     workers = min(default_workers() if workers is None else workers, len(files))
     batches = DataLoader(TarImages(files, [member.spec.image_size for member in members]), batch_size=None,
                          num_workers=workers, worker_init_fn=one_thread, pin_memory=torch.cuda.is_available())
     model.to(best_device()).eval()
-    with progress_bar(total=len(files), desc='tar files', disable=rank > 0) as bar:
+    with progress_bar(total=len(files), desc='tar files', disable=rank > 0) as bar, killed_workers_named():
         for batch in batches if files else ():
             earlier = held.setdefault(batch.file, [])
             if not batch.last:
@@ -179,8 +230,8 @@ def embed_shards(model, shards, folder, rank=0, processes=1, workers=None):
             bar.update()
     say_passed('tar files', passed)
     if broken:
-        raise FileError(printable(f'{len(broken):,} of {len(files):,} tar files cannot be used, first {broken[0][0]} '
-                                  f'({broken[0][1]}): the others are done; mend or leave out these and run it again.'))
+        raise UnusableTars(printable(f'{len(broken):,} of {len(files):,} tar files cannot be used, first {broken[0][0]} '
+                                     f'({broken[0][1]}): the others are done; mend or leave out these and run it again.'))
     return folder
 
 
@@ -236,12 +287,13 @@ def write_shard(part, file, batches):
 def nearest_in_shards(folder, queries, k=5):
     """The k images nearest to each query among the vectors of all tar files, exactly: DataFrame query (its row), file (the
     tar file and the name in it), distance, the nearest first. folder: what embed_shards returned; its files are mapped from
-    disk one after the other, so that they may be larger than memory. queries: float32 (n, dim), unit rows."""
+    disk one after the other, so that they may be larger than memory. queries: float32 (n, dim), unit rows. FileError:
+    damaged vectors, which are deleted."""
+    k = whole_number(k)
     parts = [part for part in sorted(user_path(folder).glob('*.csv')) if is_done(part) and not part.name.startswith('.')]
     distances, places = np.zeros((len(queries), 0), np.float32), None
     for number, part in enumerate(progress_bar(parts, 'searching', leave=False)):
-        vectors = np.load(part.with_suffix('.npy'), mmap_mode='r')
-        if len(vectors):
+        if len(vectors := vectors_in(part)):
             near, rows = nearest_neighbours(queries, vectors, min(k, len(vectors)))
             here = np.stack([np.full_like(rows, number), rows], -1)  # (part, row) of each
             distances = np.concatenate([distances, near], 1)
@@ -254,22 +306,30 @@ def nearest_in_shards(folder, queries, k=5):
     files = np.empty(len(places), object)
     for number in np.unique(places[:, 0]):
         here = places[:, 0] == number
-        files[here] = names_of(parts[number])[places[here, 1]]
+        table = whole_part(parts[number]).table
+        files[here] = table['file'][table['row'] >= 0].to_numpy()[places[here, 1]]
     return pd.DataFrame({'query': np.arange(len(queries)).repeat(distances.shape[1]), 'file': files,
                          'distance': distances.ravel()})
 
 
-def names_of(part):
-    """The files whose vectors a part holds, in their order. FileError: a damaged table, which is deleted."""
-    found = read_part(part)
-    if found is None:
+def vectors_in(part):
+    """The mapped vectors of a part. FileError: damaged ones, which are deleted."""
+    with suppress(OSError, ValueError, EOFError):  # whole_part says what it is; it reads the table too, which takes longer
+        return np.load(part.with_suffix('.npy'), mmap_mode='r')
+    return whole_part(part).vectors
+
+
+def whole_part(part):
+    """The Part of a table. FileError: a damaged one, which is deleted."""
+    if (found := read_part(part)) is None:
         raise FileError(printable(f'{part} was damaged: run the command that embeds again, which makes it anew.'))
-    return found.table['file'][found.table['row'] >= 0].to_numpy()
+    return found
 
 
 def main(run=None, folder=None, *shards):
     """One of several launched processes: embeds its share of the tar files. None waits for another; the same command goes on
-    after a kill. Unusable tar files are printed: an error would end the other processes of this machine."""
+    after a kill. Unusable tar files are printed: an error, such as of a full disk, ends the other processes of this machine.
+    """
     if not shards:
         raise InputError('Name a run, a folder for the vectors, and tar files: accelerate launch -m guie.shards RUN FOLDER '
                          'TAR…')
@@ -278,9 +338,9 @@ def main(run=None, folder=None, *shards):
     try:
         print(f'Process {rank} of {processes} is done; the vectors are in '
               f'{embed_shards(model, shards, folder, rank, processes)}')
-    except FileError as error:
+    except UnusableTars as error:
         print(f'Process {rank} of {processes}: {error}')
 
 
 if __name__ == '__main__':
-    report_error(sys.argv[1] if sys.argv[1:] else '', lambda: main(*sys.argv[1:]))
+    report_error(sys.argv[1] if sys.argv[1:] else os.devnull, lambda: main(*sys.argv[1:]))

@@ -1,10 +1,14 @@
 """Shards: each image of each tar file has one vector, however many processes there are and whichever is killed."""
+import errno
+import gzip
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pandas as pd
@@ -16,7 +20,7 @@ from guie.checkpoints import load_run, save_run
 from guie.collection import SubmissionFile, read_parts
 from guie.config import Config
 from guie.embedding import embed
-from guie.errors import FileError, InputError, MissingError
+from guie.errors import FileError, InputError, MissingError, Stopped
 from guie.images import read_pixels
 from guie.model import Ensemble
 from guie.shards import embed_shards, nearest_in_shards, part_of, tar_files
@@ -152,6 +156,65 @@ def test_accelerate_launches_it_and_a_broken_tar_file_ends_no_other_process(tars
     assert len([*(tmp_path / 'kept').rglob('images-*.npy')]) == 4
 
 
+def test_a_process_that_cannot_write_or_was_asked_for_nothing_ends_with_an_error(tars, tmp_path):
+    save_run(tmp_path / 'run', new_model())
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    for given, words in ((['run', 'file', tars], 'file/vectors-.* could not be written'), ([], 'Name a run, a folder')):
+        command = [sys.executable, '-m', 'guie.shards', *[str(tmp_path / one) for one in given]]
+        place = os.environ | {'PYTHONPATH': os.getcwd()}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / 'empty', env=place)
+        assert done.returncode == 1 and re.search(words, done.stderr) and done.stderr.count('\n') == 1
+        assert not [*(tmp_path / 'empty').iterdir()]
+
+
+def test_a_disk_that_is_full_ends_it_though_tar_files_that_cannot_be_used_do_not(tars, tmp_path, monkeypatch, capsys):
+    save_run(tmp_path / 'run', new_model())
+    (tars / 'images-001.tar').write_bytes(b'no tar file' * 100)
+    shards.main(tmp_path / 'run', tmp_path / 'kept', tars)
+    assert '1 of 5 tar files cannot be used' in capsys.readouterr().out
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(shards, 'write_part', full)
+    with pytest.raises(FileError, match='No space left on device.: free some space') as error:
+        shards.main(tmp_path / 'run', tmp_path / 'again', tars)
+    assert is_one_sentence(error)
+
+
+def test_a_worker_that_is_killed_is_one_sentence_and_the_same_command_goes_on(tars, tmp_path, monkeypatch):
+    parent, done = os.getpid(), shards.decoded
+
+    def killed_in_the_third(file, *given):
+        if os.getpid() != parent and file.endswith('002.tar'):
+            while len([*tmp_path.glob('kept/*/images-*.csv')]) < 2:  # those before
+                time.sleep(.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done(file, *given)
+
+    monkeypatch.setattr(shards, 'decoded', killed_in_the_third)
+    with pytest.raises(Stopped, match='A data-loading process was killed.*workers of embed_shards lower') as error:
+        embed_shards(MODEL, [tars], tmp_path / 'kept', workers=1)
+    assert is_one_sentence(error)
+    before = times(tmp_path / 'kept')
+    assert len(before) == 2
+    embed_shards(MODEL, [tars], tmp_path / 'kept', workers=0)
+    assert len(times(tmp_path / 'kept')) == 5 and before.items() <= times(tmp_path / 'kept').items()
+
+
+def test_what_killed_processes_left_is_deleted_after_a_day(tars, tmp_path):
+    folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
+    before = sorted(folder.iterdir())
+    for name in ('.part-old', '.part-new'):
+        (folder / name).mkdir()
+        (folder / name / 'images-000.npy').touch()
+    for path in [folder / '.part-old', *before]:
+        os.utime(path, (time.time() - 90_000,) * 2)
+    embed_shards(MODEL, [tars], tmp_path / 'kept')
+    assert sorted(folder.iterdir()) == sorted([*before, folder / '.part-new'])
+
+
 # What people bring
 
 def test_names_are_those_in_the_tar_file_and_what_is_no_image_is_counted(tars, train, tmp_path, capsys):
@@ -202,6 +265,74 @@ def test_a_damaged_tar_file_leaves_nothing_and_is_named_after_all_others_are_don
     assert is_one_sentence(error)
     folder, = (tmp_path / 'kept').iterdir()
     assert len([*folder.glob('images-*.npy')]) == 4 and not [*folder.glob('images-001*')]
+
+
+def damage(content, way, third):
+    """A tar file's bytes without the header of its third member, followed by themselves or by zeros, or zeros alone."""
+    return {'a header of zeros': content[:third] + bytes(512) + content[third + 512:], 'joined': content * 2,
+            'zeros': bytes(102_400), 'zeros from the third': content[:third] + bytes(5 << 20)}[way]
+
+
+@pytest.mark.parametrize('form', ['file', 'gzip', 'pipe:'])
+@pytest.mark.parametrize('way', ['a header of zeros', 'joined', 'zeros', 'zeros from the third'])
+def test_a_tar_file_that_goes_on_behind_its_end_or_is_zeros_is_damaged(tars, tmp_path, way, form):
+    file = tars / 'images-001.tar'
+    with tarfile.open(file) as tar:
+        third = tar.getmembers()[3].offset
+    content = damage(file.read_bytes(), way, third)
+    file.write_bytes(gzip.compress(content) if form == 'gzip' else content)
+    if form == 'pipe:':
+        pytest.importorskip('webdataset', reason='without webdataset (requirements-test.txt) addresses are untested')
+    with pytest.raises(FileError, match=r'1 of 2 tar files .*images-001.tar \(ReadError: damaged') as error:
+        embed_shards(MODEL, [f'pipe:cat {file}' if form == 'pipe:' else file, tars / 'images-002.tar'], tmp_path / 'kept')
+    assert is_one_sentence(error) and len(times(tmp_path / 'kept')) == 1
+
+
+def test_padding_gzip_and_an_archive_of_nothing_are_no_damage(tars, tmp_path, capsys):
+    subprocess.run(['tar', '-b', '4096', '-C', tmp_path, '-cf', tars / 'padded.tar', 'tars/images-000.tar'], check=True)
+    assert (tars / 'padded.tar').stat().st_size == 2 << 20
+    content = (tars / 'images-000.tar').read_bytes()
+    (tars / 'long.tar').write_bytes(content + bytes(2 << 20))
+    (tars / 'zipped.tar').write_bytes(gzip.compress(content))
+    write_tar(tars / 'nothing.tar', {})
+    folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
+    assert len(kept(folder)[1]) == 21 and f'{tars}/nothing.tar: there is no image in it' in capsys.readouterr().out
+
+
+SIGNED = ['X-Amz-Signature={}&X-Amz-Expires=3600', 'X-Goog-Signature={}', 'Expires=9{}&Signature={}&Key-Pair-Id=K',
+          'AWSAccessKeyId={}&Signature={}', 'Policy={}', 'sv=2024&sp=r&se=2{}&sig={}', 'token={}']
+
+
+@pytest.mark.parametrize('query', SIGNED)
+@pytest.mark.parametrize('own', ['', 'id=7', 'path=a/b'])
+def test_an_address_is_known_without_what_signs_it(tmp_path, query, own):
+    signed = [f'https://example.org/get?{"&".join(filter(None, [own, query.format(*letter * 2)]))}' for letter in 'ab']
+    plain = part_of(tmp_path, f'https://example.org/get{own and "?" + own}')
+    assert part_of(tmp_path, signed[0]) == part_of(tmp_path, signed[1]) == plain and plain.name.startswith('get-')
+    with pytest.raises(InputError, match='named with several signatures.*: name it once') as error:
+        tar_files(signed)
+    assert is_one_sentence(error)
+
+
+def test_addresses_that_differ_in_anything_else_have_vectors_of_their_own(tars, tmp_path):
+    different = [f'https://example.org/get{rest}' for rest in
+                 ('', '?file=a.tar', '?file=b.tar', '?file=b.tar&page=2', '?sp=1', '?sp=2', '?expired=1', '?mytoken=1')]
+    different += [f'pipe:curl https://example.org/get?{rest}' for rest in ('file=a.tar', 'file=b.tar', 'token=a', 'token=b')]
+    assert len({part_of(tmp_path, address) for address in different}) == len(different)
+    assert part_of(tmp_path, '/some/a.tar').name == 'a-725416d5.csv'  # as ever: what was embedded is found
+    assert part_of(tmp_path, '/some/what?.tar').name == 'what?-299dd3eb.csv'
+    assert part_of(tmp_path, 'https://example.org/a.tar').name == 'a-7bc44d3a.csv'
+    pytest.importorskip('webdataset', reason='without webdataset (requirements-test.txt) addresses are untested')
+    (tmp_path / 'get').write_text(f'cat {tars}/images-${{1#*file=}}.tar')
+    folder = embed_shards(MODEL, [f'pipe:sh {tmp_path}/get "https://h/get?file=00{one}"' for one in '12'], tmp_path / 'kept')
+    assert len(kept(folder)[0]) == 6 and len(times(folder)) == 2
+
+
+@pytest.mark.parametrize('name', ['图' * 80, 'a' * 250, 'é' * 125, os.fsdecode(b'\xff' * 250)])
+def test_a_tar_file_of_a_long_name_is_embedded_as_any_other(tars, tmp_path, name):
+    (tars / 'images-000.tar').rename(tars / f'{name}.tar')
+    folder = embed_shards(MODEL, [tars], tmp_path / 'kept')
+    assert len(times(folder)) == 5 and f'{tars}/{name}.tar/some/000.jpg' in kept(folder)[0]
 
 
 def test_addresses_are_opened_by_webdataset_and_known_without_their_signature(tars, train, tmp_path, monkeypatch):
@@ -277,6 +408,26 @@ def test_vectors_that_are_half_written_or_damaged_are_not_searched(tars, train, 
     assert is_one_sentence(error)
     assert len(kept(embed_shards(MODEL, [tars], tmp_path / 'kept'))[0]) == 15
     assert len(nearest_in_shards(folder, query, 20)) == 15
+
+
+@pytest.mark.parametrize('length', [0, 60, 200])
+def test_vectors_that_are_cut_off_are_deleted_and_the_next_command_makes_them_anew(tars, train, tmp_path, length):
+    folder, query = embed_shards(MODEL, [tars], tmp_path / 'kept'), embed(MODEL, train.head(1))
+    cut = sorted(folder.glob('images-*.npy'))[1]
+    cut.write_bytes(cut.read_bytes()[:length])
+    with pytest.raises(FileError, match='images-001-.*csv was damaged: run the command that embeds again') as error:
+        nearest_in_shards(folder, query, 20)
+    assert is_one_sentence(error) and not cut.exists()
+    assert embed_shards(MODEL, [tars], tmp_path / 'kept') == folder
+    assert len(nearest_in_shards(folder, query, 20)) == 15
+
+
+@pytest.mark.parametrize('k', [0, -1, True, 2.5, '3', None])
+def test_k_counts_images(tars, train, tmp_path, k):
+    folder = embed_shards(MODEL, [tars / 'images-000.tar'], tmp_path / 'kept')
+    with pytest.raises(InputError, match='but it counts the images to find: give 1 or more') as error:
+        nearest_in_shards(folder, embed(MODEL, train.head(1)), k)
+    assert is_one_sentence(error)
 
 
 def test_bytes_are_read_as_their_file_is(train):
