@@ -156,16 +156,16 @@ def tar_files(given):
         files += found
     if not files:
         raise MissingError('No tar file is named: name some, or their folder.')
-    if any(map(is_address, files)):
-        try:
-            import webdataset  # noqa: F401  (before a worker needs it)
-        except ImportError:
-            raise InputError('Addresses are opened by webdataset, which is not installed: pip install webdataset.') from None
     known = {}
     for file in files:
         if known.setdefault(unsigned(file), file) != file:
             raise InputError(printable(f'{unsigned(file)} is named with several signatures, which do not tell tar files '
                                        f'apart: name it once, or download them if these are several.'))
+    if any(map(is_address, files)):
+        try:
+            import webdataset  # noqa: F401  (before a worker needs it)
+        except ImportError:
+            raise InputError('Addresses are opened by webdataset, which is not installed: pip install webdataset.') from None
     return [*known.values()]
 
 
