@@ -15,7 +15,7 @@ from guie.files import printable, progress_bar, user_path, write_text
 from guie.losses import adaptive_margins, arcface_loss
 from guie.model import Embedder, SubcenterHead, new_model, resize
 from guie.projection import MAX_DIM, Projection, dims_of, fit_pca
-from guie.resume import LOGGED, run_lock
+from guie.resume import LOGGED, refuse_other_run, run_lock
 from guie.scores import score_table
 from guie.splits import SELECTION, describe
 
@@ -127,9 +127,11 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
     The vectors of the training images are computed once and kept in run_dir/tower, with augmentation 'flip' those of the
     mirrored images too. weights: a checkpoint to take the tower from. With config.validate_every the head of the epoch that
     is best on the selection objects is kept. Writes model.safetensors (without the classes unless keep_classes: only a next
-    stage needs them), config.json and log.csv, a row an epoch. Errors as in fit_head and embed_all."""
+    stage needs them), config.json and log.csv, a row an epoch. ValueError if run_dir holds a run of another configuration or
+    other images; other errors as in fit_head and embed_all."""
     run_dir, train, rows = user_path(run_dir), splits['train'], []
     with run_lock(run_dir):
+        refuse_other_run(run_dir, config, describe(train))
         model = load_run(weights, dim=None) if weights else new_model(config, train['label'].nunique())
         resize(model, config.image_size, config.overlap)
         tower = Embedder(model.tower)
@@ -162,8 +164,8 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
             validate=validate if config.validate_every else None, report=report)
         if not keep_classes:
             model.head.centers = nn.Parameter(torch.zeros(0, config.embedding_dim))
+        config.save(run_dir / 'config.json')  # before the weights: without it nobody could tell whose they are
         save_run(run_dir, model, config, data=describe(train))
-        config.save(run_dir / 'config.json')
         write_text(run_dir / 'log.csv', pd.DataFrame(rows, columns=LOGGED).to_csv(index=False))
     return model.eval()
 

@@ -10,7 +10,8 @@ from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
 from guie.heads import train_head
-from guie.resume import run_lock
+from guie.resume import refuse_other_config, run_lock
+from guie.splits import describe, other_images, refuse_other_data, trained_on
 from guie.training import run_job, write_job
 
 
@@ -66,11 +67,15 @@ def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
     Several GPUs share the work by `accelerate launch`; processes: None is one a GPU. All stages but the last train in
     <run_dir>/<its name>-stage-<number>, each from the weights of the one before. A finished stage leaves stage.safetensors
     there; where that file is found (below a folder of `search` too) the stage is not trained again. Run it again to resume.
-    Errors as in training.fit; RuntimeError for processes that could not start or were killed."""
-    run_dir = user_path(run_dir)
+    Errors as in training.fit; ValueError, before a stage begins, if one of the folders holds a run of another configuration
+    or other images; RuntimeError for processes that could not start or were killed."""
+    run_dir, data = user_path(run_dir), describe(splits['train'])
     options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
     for folder, stage in stage_folders(config, run_dir):
-        done = finished_stage(folder, stage, search)
+        refuse_other_config(folder, stage)
+    refuse_other_data(run_dir, data)
+    for folder, stage in stage_folders(config, run_dir):
+        done = finished_stage(folder, stage, data, search)
         if done is None:
             train_stage(stage, splits, folder, processes or processes_here(), options, last=folder == run_dir)
             done = keep_stage(folder) if folder != run_dir else None
@@ -90,15 +95,22 @@ def train_stage(config, splits, folder, processes, options, last):
         launch('guie.training', folder, processes)
 
 
-def finished_stage(folder, config, search):
-    """The weights of a finished stage, in its folder or in an attached output of the same run, or None."""
+def finished_stage(folder, config, data, search):
+    """The weights of a finished stage, in its folder or in an attached output of the same run, or None.
+    data: describe of the images; an attached stage of others is printed and left alone, the folder's own is a ValueError."""
     for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
-        if (place / 'stage.safetensors').exists():
-            if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
-                raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
-                                 f'another name, or delete that folder.')
-            print(f'{folder.name}: done, in {place}')
-            return place / 'stage.safetensors'
+        if not (place / 'stage.safetensors').exists():
+            continue
+        if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
+            raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
+                             f'another name, or delete that folder.')
+        if place == folder:
+            refuse_other_data(place, data)
+        elif other_images(there := trained_on(place), data):
+            print(f'{place} is of other images ({there}; now {data}) and is left alone.')
+            continue
+        print(f'{folder.name}: done, in {place}')
+        return place / 'stage.safetensors'
 
 
 def keep_stage(folder):

@@ -194,13 +194,17 @@ def refuse_other_config(run_dir, config):
                              f'another name as RUN, or delete that folder.')
 
 
+def refuse_other_run(run_dir, config, data):
+    """ValueError if a folder holds a run of another configuration, or of other images than `data`, a line of describe."""
+    refuse_other_config(run_dir, config)
+    refuse_other_data(run_dir, data)
+
+
 def restore_state(run, steps):
     """Loads the newest state that can be read; True if there was one. A run of another configuration or data is an error.
     steps: of the whole run."""
     states = saved_states(run.folder / 'state')
-    if states:
-        refuse_other_config(run.folder, run.config)
-    refuse_other_data(run.folder, run.progress.data)
+    refuse_other_run(run.folder, run.config, run.progress.data)
     for state in states:
         problem = None
         try:
@@ -241,10 +245,11 @@ def print_resumed(run, state, steps):
 
 def copy_attached_state(run_dir, config, data, search=ATTACHED):
     """If the run has no state, copies its newest whole one, with log and weights, from an attached earlier output (as on
-    Kaggle). Looks in folders of the run's name below those of `search`."""
+    Kaggle). Looks in folders of the run's name below those of `search`. Errors as in refuse_other_run."""
     folder = run_dir / 'state'
     if saved_states(folder):
         return
+    refuse_other_run(run_dir, config, data)  # whose weights a copy would replace
     states = [state for place in map(Path, attached_folders(search)) if place.name == run_dir.name
               for state in saved_states(place / 'state')]
     for state in filter(is_whole, sorted(states, key=lambda state: state.name, reverse=True)):

@@ -213,7 +213,7 @@ def trained_on(run_dir):
     for file in sorted(run_dir.glob('**/state/step-*/position.json'), reverse=True):
         with suppress(OSError, ValueError, KeyError):
             return json.loads(file.read_text())['progress']['data']
-    for file in (run_dir / 'model.safetensors', *sorted(run_dir.glob('*/stage.safetensors'))):
+    for file in (run_dir / 'model.safetensors', run_dir / 'stage.safetensors', *sorted(run_dir.glob('*/stage.safetensors'))):
         with suppress(OSError, ValueError, KeyError):
             return json.loads(read_weights(file)[1]['data'])
     return ''

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import CONFIG, is_one_sentence, new_model
+from runs import CONFIG, contents, is_one_sentence, new_model
 
 from guie import heads, towers
 from guie.checkpoints import load_run, open_checkpoint, save_run
@@ -155,6 +155,23 @@ def test_a_run_of_a_frozen_tower_is_saved_like_any_other(splits, tmp_path, monke
     assert torch.equal(again.head.embedding.weight, loaded.head.embedding.weight)
 
 
+def test_a_head_does_not_replace_a_run_of_another_configuration_or_other_images(splits, tmp_path):
+    tuned = CONFIG.override(epochs=1)
+    train(tuned, splits, tmp_path / 'tuned')
+    train_head(CACHED, splits, tmp_path / 'head')
+    other = Splits({**splits, 'train': splits['train'][:-1]})
+    for run, config, data, words in (
+            ('tuned', CACHED, splits, 'another configuration .*trains: all, now cached head'),
+            ('head', CACHED.override(seed=6), splits, 'another configuration .seed: 5, now 6'),
+            ('head', tuned, splits, 'another configuration .*trains: cached head, now all'),
+            ('head', CACHED, other, 'on other images .hash')):
+        before = contents(tmp_path / run)
+        for begin in (train, *[train_head] * (config.trains == 'cached head')):
+            with pytest.raises(InputError, match=f'{tmp_path}/{run} holds a run .*{words}.*: give this run') as error:
+                begin(config, data, tmp_path / run)
+            assert is_one_sentence(error) and contents(tmp_path / run) == before
+
+
 def test_heads_of_one_tower_make_a_soup(splits, tmp_path):
     runs = [tmp_path / name for name in ('a', 'b')]
     weights = [train_head(CACHED.override(seed=seed), splits, run).head.embedding.weight for seed, run in enumerate(runs)]
@@ -212,6 +229,7 @@ def test_a_head_is_not_trained_on_images_that_cannot_be_read(splits, tmp_path, m
     for augmentation in ('flip', 'none'):  # the second one finds the vectors in files
         train_head(CACHED.override(augmentation=augmentation), Splits(train=frame), tmp_path / 'run')
         assert f'1 images could not be read, first {tmp_path}/broken.jpg; the head is not' in capsys.readouterr().out
+        (tmp_path / 'run/model.safetensors').unlink()  # another configuration does not replace it
     labels = frame['label'].drop(frame.index[3]).tolist()
     assert [len(vectors) for vectors, _ in seen] == [2 * len(labels), len(labels)]
     assert [told.tolist() for _, told in seen] == [2 * labels, labels]

@@ -17,8 +17,8 @@ from guie.errors import ProcessError, Stopped
 from guie.losses import adaptive_margins
 from guie.recipes import RECIPES, follow_recipe
 from guie.resume import read_position, run_lock, saved_states
-from guie.splits import Splits
-from tests.runs import apart, new_model, same, weights, without_dropout
+from guie.splits import Splits, describe
+from tests.runs import apart, contents, new_model, same, weights, without_dropout
 
 CONFIG = Config(**demo.settings({'image_size': 32})).override(
     batch_size=8, effective_batch=16, epochs=1, warmup_steps=1, embedding_dim=32, save_minutes=1000)
@@ -103,6 +103,40 @@ def test_stages_resume_where_stopped_and_a_finished_one_is_not_trained_again(spl
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
     with pytest.raises(ValueError, match='another configuration .seed: 5, now 6'):
         recipes.train(STAGED.override(seed=6), splits, tmp_path / 'run', search=(tmp_path / 'input',))
+
+
+def test_a_finished_stage_of_other_images_is_not_built_upon(splits, tmp_path, capsys):
+    recipes.train(STAGED, splits, tmp_path / 'input/run')
+    others = Splits(train=splits['train'][splits['train']['label'] != splits['train']['label'][0]])
+    expected = recipes.train(STAGED, others, tmp_path / 'alone/run').state_dict()
+    for name in ('model.safetensors', 'config.json', 'log.csv'):  # the session ended within its second stage
+        (tmp_path / 'input/run' / name).unlink()
+    shutil.rmtree(tmp_path / 'input/run/state')
+    capsys.readouterr()
+    model = recipes.train(STAGED, others, tmp_path / 'run', search=[tmp_path / 'input'])
+    said = capsys.readouterr().out
+    assert f'{tmp_path}/input/run/run-stage-1 is of other images (72 images of 12 classes' in said and 'left alone' in said
+    assert 'run-stage-1: done' not in said and same(model.state_dict(), expected)
+
+    shutil.copytree(tmp_path / 'input/run', tmp_path / 'own')
+    (tmp_path / 'own/run-stage-1').rename(tmp_path / 'own/own-stage-1')
+    before = contents(tmp_path / 'own')
+    with pytest.raises(ValueError, match='own holds a run on other images .hash .*: give this run another name'):
+        recipes.train(STAGED, others, tmp_path / 'own')
+    assert contents(tmp_path / 'own') == before
+    with pytest.raises(ValueError, match='own-stage-1 holds a run on other images .hash .*: give this run another name'):
+        recipes.finished_stage(tmp_path / 'own/own-stage-1', STAGED.each_stage()[0], describe(others['train']), ())
+    recipes.train(STAGED, splits, tmp_path / 'own')  # its own images go on
+    assert 'own-stage-1: done' in capsys.readouterr().out
+
+
+def test_no_stage_begins_in_the_folder_of_another_configuration(splits, tmp_path, monkeypatch):
+    recipes.train(CONFIG, splits, tmp_path / 'run')
+    before = contents(tmp_path / 'run')
+    monkeypatch.setattr(recipes, 'train_stage', lambda *_, **__: pytest.fail('a stage began'))
+    with pytest.raises(ValueError, match='/run holds a run with another configuration .*image_size: 32, now 48'):
+        recipes.train(STAGED, splits, tmp_path / 'run')
+    assert contents(tmp_path / 'run') == before
 
 
 def test_the_vectors_of_a_staged_run_are_those_of_its_file(splits, tmp_path):

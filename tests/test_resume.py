@@ -217,6 +217,19 @@ def test_another_configuration_does_not_resume_in_the_same_folder(train, tmp_pat
     assert is_one_sentence(error)
 
 
+def test_a_finished_run_of_another_configuration_is_kept_also_without_its_states(train, tmp_path):
+    fit(SAVING, small_model(), train, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run/state')
+    before, other = contents(tmp_path / 'run'), SAVING.override(head_lr=1.)
+    fit(other, small_model(), train, tmp_path / 'input/run')
+    for search in ((), [tmp_path / 'input']):  # whose state is not copied over it either
+        with pytest.raises(ValueError, match='holds a run with another configuration .head_lr: 0.003, now 1.0') as error:
+            fit(other, small_model(), train, tmp_path / 'run', search=search)
+        assert is_one_sentence(error) and contents(tmp_path / 'run') == before
+    fit(SAVING, small_model(), train, tmp_path / 'run', search=())  # its own trains it again
+    assert steps_logged(tmp_path / 'run') == [1, 2, 3, 4]
+
+
 def test_other_images_do_not_resume_in_the_same_folder(train, tmp_path):
     with pytest.raises(Stopped):
         fit(CONFIG.override(max_hours=0), small_model(), train, tmp_path / 'run')
@@ -291,7 +304,7 @@ def test_a_state_is_saved_at_the_end_of_each_epoch_and_when_it_is_due(train, tmp
     fit(CONFIG.override(epochs=2), small_model(), train, tmp_path / 'run')  # save_minutes is 1000
     assert list(dict.fromkeys(saved)) == [(4, 1, 0), (8, 2, 0)]
     saved.clear()
-    fit(SAVING, small_model(), train, tmp_path / 'run')
+    fit(SAVING, small_model(), train, tmp_path / 'another')
     assert [step for step, *_ in dict.fromkeys(saved)] == [1, 2, 3, 4]
 
 
