@@ -1,9 +1,10 @@
 """Embedding: images to vectors, cached in files; `accelerate launch -m guie.embedding FOLDER` runs it on several GPUs."""
 import json
+import re
 import sys
 import tempfile
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from accelerate.utils import gather, gather_object
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.distributed import best_device, end_with_notebook, launch, processes_here, rank_and_world_size, report_error
+from guie.errors import FileError, ProcessError
 from guie.files import printable, progress_bar, state_hash, user_path, whole_file
-from guie.images import ImageDataset, loader
+from guie.images import ImageDataset, loader, read_pixels
 from guie.model import Ensemble
 from guie.scores import selection_mp5
 from guie.splits import SELECTION, Splits
@@ -29,10 +31,12 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
           unreadable=None, pixels=None):
     """Vectors of images: float32 (n, dim), rows as in the table (columns path, label).
     Launched processes embed a part each, and all return the whole. cache: an .npz file of vectors, paths and a hash of
-    weights and normalisation; it is used again if paths and hash agree. known: more such files, only read. Unreadable images
-    count as black ones, and are printed, or go into the list `unreadable` instead; more than max_unreadable (as in
-    ImageDataset) raise OSError. pixels: a dict that keeps the images for the next model that embeds them, as far as memory
-    allows. Each member of an Ensemble reads the images at its own size, and has a cache of its own."""
+    weights and normalisation; it is used again if paths and hash agree, so an image replaced under its name keeps its old
+    vector, unless it was unreadable and no longer is. known: more such files, only read. Unreadable images count as black
+    ones, and are printed, or go into the list `unreadable` instead; more than max_unreadable (as in ImageDataset) raise
+    OSError. pixels: a dict that keeps the images for the next model that embeds them, as far as memory allows. Each member
+    of an Ensemble reads the images at its own size, and has a cache of its own. ProcessError: a data-loading process was
+    killed."""
     if isinstance(model, Ensemble):
         options = {'batch_size': batch_size, 'workers': workers, 'desc': desc, 'max_unreadable': max_unreadable,
                    'unreadable': unreadable, 'pixels': pixels}
@@ -45,18 +49,18 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     dataset = ImageDataset(frame, model.spec.image_size, max_unreadable=max_unreadable)
     paths, key = np.array(dataset.paths, str), vectors_hash(model) if caches else ''
     for file in caches:
-        if (kept := cached_vectors(file, paths, key)) is not None:
-            if unreadable is not None:
-                unreadable += [path for path in kept[1] if path not in unreadable]
+        if (kept := cached_vectors(file, paths, key, dataset.size)) is not None:
+            name_unreadable(kept[1], unreadable)
             return kept[0]
     if not len(dataset):
-        return np.zeros((0, model.spec.width), np.float32)
+        return np.zeros((0, width_of(model)), np.float32)
     home, device = next(model.parameters()).device, best_device()
     model.to(device).eval()
     reading = loader(dataset, batch_size, rank=rank, processes=processes, workers=workers)
     batches = progress_bar(batches_of(dataset, reading, pixels), desc, total=len(reading), leave=False,
                            disable=rank > 0 or len(dataset) == 1)
-    with torch.inference_mode(), torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16):
+    half = torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16)
+    with torch.inference_mode(), half, readable_loading(desc):
         vectors = torch.cat([model(images.to(device)).float() for images in batches])
     model.to(home)
     if home.type == 'cpu':
@@ -66,15 +70,42 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
         vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
         bad = sorted(set(gather_object(bad)))
     vectors = vectors.cpu().numpy()
-    if unreadable is not None:
-        unreadable += [path for path in bad if path not in unreadable]
-    elif bad and rank == 0:
-        print(f'{len(bad)} images could not be read, first {printable(bad[0])}; they count as a black square.')
+    name_unreadable(bad, unreadable)
     if cache and rank == 0:
         save_vectors(cache, vectors, paths, key, bad)
     if processes > 1:
         PartialState().wait_for_everyone()
     return vectors
+
+
+def name_unreadable(bad, unreadable=None):
+    """Adds paths of unreadable images to a list, or else prints how many there are, once for all processes."""
+    if unreadable is not None:
+        unreadable += [path for path in bad if path not in unreadable]
+    elif bad and rank_and_world_size()[0] == 0:
+        print(f'{len(bad)} images could not be read, first {printable(bad[0])}; they count as a black square.')
+
+
+def width_of(model):
+    """How many numbers the vectors of an Embedder have."""
+    head, projection = getattr(model, 'head', None), getattr(model, 'projection', None)
+    if projection is not None:
+        return projection.out_features
+    return model.spec.width if head is None else head.embedding.out_features
+
+
+@contextmanager
+def readable_loading(name, kind=ProcessError, end='.'):
+    """Turns errors of data loading into one sentence; that of a killed process is of `kind` and ends with `end`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r'DataLoader worker \(pid|a data-loading process', str(error)):  # the latter: of embed, within fit
+            raise
+        raise kind(f'{name}: a data-loading process was killed, most likely because memory ran out; set workers lower (0 '
+                   f'loads in the notebook itself) and run it again{end}') from None
+    except OSError as error:  # a worker's comes with its traceback inside
+        raise FileError(re.sub(r'^[\w.]+: ', '', str(error).strip().splitlines()[-1])) from error
 
 
 def batches_of(dataset, reading, pixels=None):
@@ -120,18 +151,33 @@ def vectors_hash(model):
     return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
-def cached_vectors(file, paths, key):
-    """(vectors, list of unreadable paths) in an .npz file for these images and this model, or None."""
+def cached_vectors(file, paths, key, size=224):
+    """(vectors, list of unreadable paths) in an .npz file for these images and this model, or None; None too if one of the
+    unreadable images can be read now, at `size` pixels."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(user_path(file)) as kept:
         if str(kept['hash' if 'hash' in kept else 'digest']) == key and np.array_equal(kept['paths'], paths):
-            return kept['vectors'], kept['unreadable'].tolist() if 'unreadable' in kept else []
+            vectors, bad = kept['vectors'], kept['unreadable'].tolist() if 'unreadable' in kept else []
+            return None if any_readable(bad, size) else (vectors, bad)
+
+
+def any_readable(paths, size):
+    """Whether one of these images can be read now; of launched processes all say the same, since all embed or none."""
+    found = any(is_readable(path, size) for path in paths)
+    return any(gather_object([found])) if paths and rank_and_world_size()[1] > 1 else found
+
+
+def is_readable(path, size):
+    """Whether an image can be read at that size."""
+    with suppress(OSError):
+        return len(read_pixels(path, size)) == size
+    return False
 
 
 def save_vectors(file, vectors, paths, key, unreadable=()):
     """Saves an .npz file for cached_vectors. If the disk refuses, it prints that; only time is lost."""
     try:
-        with whole_file(file) as beside:
-            np.savez(beside, vectors=vectors, paths=paths, hash=key, unreadable=np.array(unreadable, str))
+        with whole_file(file) as beside, beside.open('wb') as opened:  # to a path numpy would add .npz
+            np.savez(opened, vectors=vectors, paths=paths, hash=key, unreadable=np.array(unreadable, str))
     except OSError as error:
         print(f'{error} These vectors will be computed again the next time.')
 
@@ -155,7 +201,7 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
         if launched:
             key = vectors_hash(model)
             images = {name: frame for name, frame in images.items() if all(
-                cached_vectors(file, np.array(frame['path'].tolist(), str), key) is None
+                cached_vectors(file, np.array(frame['path'].tolist(), str), key, model.spec.image_size) is None
                 for file in (files[name]['cache'], *files[name]['known']))}
         if launched and images:
             save_run(job, model, Config(subcenters=getattr(model.head, 'subcenters', 3)))
@@ -177,7 +223,7 @@ def main(folder):
     projected = open_checkpoint(folder).projection is not None
     model, splits = load_run(folder, dim=64 if projected else None), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():
-        embed(model, splits[name], desc=name, **files)
+        embed(model, splits[name], desc=name, unreadable=[], **files)  # they are named by who finds the vectors
 
 
 if __name__ == '__main__':

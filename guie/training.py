@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -17,8 +16,8 @@ from accelerate.utils import gather_object
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.distributed import any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
-from guie.embedding import selection_score
-from guie.errors import Diverged, FileError, InputError, MemoryFull, Stopped
+from guie.embedding import readable_loading, selection_score
+from guie.errors import Diverged, InputError, MemoryFull, Stopped
 from guie.files import ATTACHED, printable, progress_bar, state_hash, user_path, write_text
 from guie.images import ImageDataset, loader
 from guie.losses import adaptive_margins, arcface_loss
@@ -241,19 +240,15 @@ def readable_errors(run, dataset):
     A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
     name = run.folder.name
     try:
-        yield
+        with readable_loading(name, Stopped, ': it resumes from its last state.'):
+            yield
     except torch.OutOfMemoryError as error:
         raise MemoryFull(
             f'{name}: the GPU ran out of memory at batch_size {run.config.batch_size}: halve it (the step stays the same, '
             f'more batches are accumulated) and run it again; it resumes from its last state.') from error
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        raise Stopped(f'{name}: a data-loading process was killed, most likely because memory ran out; set workers '
-                      f'lower (0 loads in the notebook itself) and run it again: it resumes from its last state.') from None
-    except OSError as error:  # a worker's comes with its traceback inside
+    except OSError:
         write_unreadable(run, dataset.unreadable)
-        raise FileError(re.sub(r'^[\w.]+: ', '', str(error).strip().splitlines()[-1])) from error
+        raise
 
 
 def write_unreadable(run, found):

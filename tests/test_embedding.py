@@ -2,16 +2,19 @@
 import dataclasses
 import os
 import re
+import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG, contents, new_model, small_model
+from runs import CONFIG, contents, is_one_sentence, new_model, small_model
 
 from guie import embedding
 from guie.embedding import cached_vectors, embed, embed_all, save_vectors, selection_score, vectors_hash
+from guie.errors import FileError, ProcessError
 from guie.images import ImageDataset, read_pixels
 from guie.model import Ensemble
 from guie.retrieval import mean_precision_at_5
@@ -131,6 +134,69 @@ def test_an_unreadable_image_has_the_vector_of_a_black_square_and_is_named(train
     assert bad == [str(tmp_path / 'broken.jpg')] and 'could not be read' not in capsys.readouterr().out
 
 
+def test_what_could_not_be_read_is_told_as_long_as_it_lasts_and_embedded_once_it_can(train, tmp_path, capsys, no_forward):
+    model, frame, file = new_model().eval(), train.head(6).copy(), tmp_path / 'late.png'
+    frame.loc[[2, 4], 'path'] = str(file), str(tmp_path / 'absent.png')
+    caches = {'cache': tmp_path / 'v.npz', 'known': [tmp_path / 'attached.npz']}
+    file.write_bytes(b'a download under way')
+    for _ in range(2):  # the second one finds the vectors in the file
+        black = embed(model, frame, **caches)
+        assert f'2 images could not be read, first {file}; they count as a black' in capsys.readouterr().out
+    shutil.copy(tmp_path / 'v.npz', tmp_path / 'attached.npz')
+    Image.open(train['path'][9]).save(file)
+    vectors = embed(model, frame, **caches)
+    assert f'1 images could not be read, first {tmp_path}/absent.png' in capsys.readouterr().out
+    expected = embed(model, frame.assign(path=[train['path'][9] if path == str(file) else path for path in frame['path']]))
+    assert np.allclose(vectors, expected, atol=1e-5) and not np.allclose(vectors[2], black[2], atol=1e-2)
+    no_forward()
+    assert np.array_equal(embed(model, frame, **caches), vectors)
+    assert np.array_equal(embed_all(model, {'v': frame}, tmp_path, ['v'], unreadable=(bad := []))['v'], vectors)
+    assert bad == [str(tmp_path / 'absent.png')]
+
+
+def test_vectors_are_kept_under_a_name_without_a_suffix_too(train, tmp_path, no_forward):
+    model = small_model().eval()
+    made = embed(model, train, cache=tmp_path / 'vectors')
+    assert list(contents(tmp_path)) == ['vectors']
+    no_forward()
+    assert np.array_equal(embed(model, train, cache=tmp_path / 'vectors'), made)
+
+
+def test_no_images_have_as_many_columns_as_images_have(train):
+    plain, headed = small_model().eval(), small_model().eval()
+    plain.head, projected = None, small_model().eval()
+    projected.projection = torch.nn.Linear(32, 16)
+    joined = Ensemble([plain, headed], torch.nn.Linear(40, 12)).eval()
+    for model, width in ((plain, 8), (headed, 32), (projected, 16), (joined, 12), (Ensemble([plain, projected]), 24)):
+        assert embed(model, train.head(0)).shape == (0, width) and embed(model, train.head(2)).shape == (2, width)
+
+
+def kill_workers(monkeypatch, path):
+    """From now on a data-loading process that reads this image is killed, as where memory runs out."""
+    here, original = os.getpid(), ImageDataset.readable
+
+    def readable(self, index):
+        if os.getpid() != here and self.paths[index] == path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    monkeypatch.setattr(ImageDataset, 'readable', readable)
+
+
+def test_a_killed_data_loading_process_is_one_sentence(train, monkeypatch):
+    kill_workers(monkeypatch, train['path'][3])
+    with pytest.raises(ProcessError, match='^query: a data-loading process was killed, .*set workers .*again') as error:
+        embed(small_model(), train, workers=1, desc='query')
+    assert is_one_sentence(error) and embed(small_model(), train, workers=0).shape == (72, 32)
+
+
+def test_what_a_data_loading_process_raises_is_one_sentence_too(train, tmp_path):
+    frame = train.head(4).assign(path=str(tmp_path / 'absent.png'))
+    with pytest.raises(FileError, match='^More than 1 images .max_unreadable. cannot be read; the last: .*absent') as error:
+        embed(small_model(), frame, workers=1, max_unreadable=1)
+    assert '\n' not in str(error.value)
+
+
 def test_several_splits_are_kept_by_name_and_found_again_also_in_a_folder_that_is_not_written(train, tmp_path, no_forward):
     model, splits = small_model().eval(), {'pca': train, 'query': train.head(5), 'index': train.tail(9)}
     made = embed_all(model, splits, tmp_path / 'attached')
@@ -215,6 +281,10 @@ def test_two_processes_embed_every_image_once_in_order_and_what_they_keep_is_fou
     made = contents(tmp_path)
     assert made.keys() - before.keys() == {f'vectors/{name}.npz' for name in ('whole', 'odd', 'single')}
     assert all(made[name] == before[name] for name in before)
+    shutil.copy(train['path'][0], tmp_path / 'broken.jpg')  # mended: both processes see it and embed again
+    expected, found = found, embed_all(model, splits, tmp_path / 'vectors', list(splits), tmp_path / 'attached')
+    assert np.allclose(found['odd'][5], found['whole'][0], atol=1e-5)
+    assert np.allclose(np.delete(found['odd'], 5, 0), np.delete(expected['odd'], 5, 0), atol=1e-5)
     monkeypatch.setattr(embedding, 'processes_here', lambda: 1)
     again = embed_all(model, splits, tmp_path / 'vectors', list(splits), tmp_path / 'attached')
     assert all(np.array_equal(again[name], found[name]) for name in splits)

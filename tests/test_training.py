@@ -29,6 +29,7 @@ from runs import (
     watch_half,
     weights,
 )
+from test_embedding import kill_workers
 
 from guie import training
 from guie.checkpoints import load_run, open_checkpoint
@@ -382,6 +383,14 @@ def test_a_killed_worker_is_one_sentence_and_the_run_resumes_from_its_last_state
     assert is_one_sentence(error)
     fit(config, small_model(), train, tmp_path / 'run')
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
+
+
+def test_a_worker_killed_while_the_selection_is_scored_is_the_same_sentence(train, tmp_path, monkeypatch):
+    kill_workers(monkeypatch, train['path'][3])
+    with pytest.raises(Stopped, match='^run: a data-loading process was killed.*workers lower.*its last state') as error:
+        fit(SAVING.override(workers=0, validate_every=2), small_model(), train, tmp_path / 'run',
+            lambda model: embed(model, train, workers=1)[0, 0])
+    assert is_one_sentence(error)
 
 
 def test_the_stop_button_saves_the_step_and_leaves_a_usable_kernel(train, tmp_path, monkeypatch):
