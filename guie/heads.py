@@ -1,5 +1,6 @@
 """Heads: a head trained in seconds on vectors that a frozen tower gave once."""
 import time
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from guie.losses import adaptive_margins, arcface_loss
 from guie.model import Embedder, SubcenterHead, new_model, resize
 from guie.projection import MAX_DIM, Projection, dims_of, fit_pca
 from guie.resume import LOGGED, refuse_other_run, run_lock
+from guie.retrieval import codes
 from guie.scores import score_table
 from guie.splits import SELECTION, describe
 
@@ -26,17 +28,21 @@ def fit_head(vectors, labels, *, dim=512, subcenters=1, scale=16., margins=(0., 
     """Trains a head on cached vectors by Adam, at a constant rate -> SubcenterHead (d -> dim) with its classes, in
     evaluation mode on the CPU.
     vectors: float32 (n, d), an array or a memory map, rows of length 1; several towers' may be joined by concatenate, and
-    mirrored images be rows of their own. labels: n hashable values. The loss is the cross-entropy of cosines to the
-    classes, times scale; with margins (radians of the most frequent class, added for the rarest one) it is ArcFace, with
-    several subcenters sub-centre ArcFace. class_lr: rate of the classes. validate: SubcenterHead -> score, after each epoch;
-    then the best epoch's head is returned, else the last one's. report: called with (step, loss, score) after each epoch.
-    ValueError: rows and labels that do not fit, NaN or infinite rows, fewer than two classes. FloatingPointError: the loss
-    is not finite."""
-    classes, targets, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-    check_vectors(vectors, targets, len(classes))
+    mirrored images be rows of their own. labels: n hashable values; what is equal (==) is one class. The loss is the
+    cross-entropy of cosines to the classes, times scale; with margins (radians of the most frequent class, added for the
+    rarest one) it is ArcFace, with several subcenters sub-centre ArcFace. class_lr: rate of the classes. validate:
+    SubcenterHead -> score, after each epoch; then the best epoch's head is returned, else the last one's. report: called
+    with (step, loss, score) after each epoch.
+    ValueError: rows and labels that do not fit, missing labels, NaN or infinite rows, fewer than two classes, too small a
+    batch. FloatingPointError: the loss is not finite."""
+    targets = classes_of(labels)
+    counts = np.bincount(targets)
+    check_vectors(vectors, targets, len(counts))
+    if batch_size < 1 + norm:
+        raise InputError(f'batch_size is {batch_size}: give at least {1 + norm}.')
     device, generator = device or best_device(), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of dropout
-    head = SubcenterHead(vectors.shape[1], len(classes), dim=dim, subcenters=subcenters, norm=norm, seed=head_seed)
+    head = SubcenterHead(vectors.shape[1], len(counts), dim=dim, subcenters=subcenters, norm=norm, seed=head_seed)
     head.to(device)
     margin = adaptive_margins(counts, low=margins[0], width=margins[1]).to(device)
     optimiser = torch.optim.Adam([{'params': head.embedding.parameters(), 'lr': lr, 'weight_decay': weight_decay},
@@ -62,6 +68,26 @@ def fit_head(vectors, labels, *, dim=512, subcenters=1, scale=16., margins=(0., 
                 report((epoch + 1) * steps, loss, score)
     head.load_state_dict(best[1])
     return head.cpu().eval()
+
+
+def label_codes(labels):
+    """(equal integers 0, 1, … for equal labels, the labels so numbered, in the order in which they come). ValueError: a
+    label is missing."""
+    labels = labels.tolist() if hasattr(labels, 'tolist') else list(labels)
+    missing = pd.Series(labels, dtype=object).isna().to_numpy()
+    if missing.any():
+        raise InputError(f'{missing.sum():,} of {len(labels):,} labels are missing, first that of row {missing.argmax()}: '
+                         f'leave these rows out.')
+    return codes(labels), [*dict.fromkeys(labels)]
+
+
+def classes_of(labels):
+    """The class of each label, int (n,): classes are numbered as their labels sort or, if these do not, as they come."""
+    shown, known = label_codes(labels)
+    ranks = np.arange(len(known))
+    with suppress(TypeError):  # as of texts and numbers together
+        ranks[sorted(ranks, key=known.__getitem__)] = np.arange(len(known))
+    return ranks[shown]
 
 
 def state_of(head):
@@ -99,9 +125,10 @@ def head_gains(vectors, splits, counts, dim=64, **options):
     vectors: {'pca', 'query', 'index'} of embed_all, at the tower's full width; the images of 'pca' are trained on. counts:
     numbers of classes, of one order; those below 2 are left out. options: of fit_head, but for its dim."""
     labels = splits['pca']['label'].reset_index(drop=True)
-    order, rows = np.random.default_rng(5).permutation(labels.unique()), []
+    (shown, known), rows = label_codes(labels), []
+    order = np.random.default_rng(5).permutation(len(known))
     for count in dict.fromkeys([0, *(min(count, len(order)) for count in counts if min(count, len(order)) > 1)]):
-        chosen, points = labels.isin(order[:count]).to_numpy(), vectors
+        chosen, points = np.isin(shown, order[:count]), vectors
         if count:
             head = fit_head(vectors['pca'][chosen], labels[chosen], **options)
             points = {name: projected(head, vectors[name]) for name in ('pca', 'query', 'index')}
@@ -171,11 +198,12 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
 
 
 def projected(head, vectors, part=8192):
-    """Unit vectors float32 (n, dim) of a head, from those of the tower (n, d)."""
+    """Unit vectors float32 (n, dim) of a head, from those of the tower (n, d) in any precision."""
     device = head.embedding.weight.device
     with torch.inference_mode():
         return torch.cat([F.normalize(head.embedding(head.norm(torch.from_numpy(np.ascontiguousarray(
-            vectors[start:start + part])).to(device)))) for start in range(0, len(vectors), part)]).cpu().numpy()
+            vectors[start:start + part], np.float32)).to(device)))) for start in range(0, max(len(vectors), 1), part)]
+        ).cpu().numpy()
 
 
 def head_projection(head, vectors, dim=MAX_DIM):

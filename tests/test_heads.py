@@ -10,7 +10,7 @@ from guie import heads, towers
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.embedding import embed, embed_all
 from guie.errors import Diverged, InputError
-from guie.heads import Mirrored, fit_head, head_gains, head_projection, projected, train_head
+from guie.heads import Mirrored, classes_of, fit_head, head_gains, head_projection, projected, train_head
 from guie.images import ImageDataset
 from guie.model import Embedder, SubcenterHead
 from guie.projection import concatenate, fit_pca, l2_normalise
@@ -74,6 +74,61 @@ def test_labels_of_any_kind_and_classes_of_one_image_train():
     names = [f'class {label}' for label in labels]
     names[0] = 'alone'
     assert len(fit_head(vectors, names, dim=4, epochs=1, batch_size=8).centers) == 6
+
+
+@pytest.mark.parametrize('labels', [
+    np.repeat([3, 1, 2, 30], 5), np.repeat([2.5, -1, 10, 0], 5), ['b', 'a', 'ü', 'B'] * 5, [True, False] * 10,
+    pd.Series(['b', 'a', 'ü', 'B'] * 5, index=range(7, 27)), pd.Categorical(['b', 'a', 'c', 'B'] * 5, categories=[*'cbaB']),
+    pd.Series(pd.to_datetime(['2020', '2019', '2021', '2018'] * 5))])
+def test_classes_are_numbered_as_their_labels_sort(labels):
+    assert classes_of(labels).tolist() == np.unique(np.asarray(labels), return_inverse=True)[1].tolist()
+
+
+@pytest.mark.parametrize('names', [
+    [(1, 'a'), (0, 'b'), (1, 'b'), (0, 'a')], [1, '1', 2, ('1', 2)], pd.Series(['b', 'a', 1, 2.5], dtype=object)])
+def test_equal_labels_are_one_class_whatever_they_are(names):
+    vectors, labels = clusters(4, 10, 0)
+    named = [list(names)[label] for label in labels]
+    head = fit_head(vectors, named, dim=4, epochs=2, batch_size=8)
+    codes = {label: classes_of(named)[10 * place] for place, label in enumerate(names)}
+    assert sorted(codes.values()) == [0, 1, 2, 3] and len(head.centers) == 4
+    numbers = [codes[label] for label in named]
+    assert torch.equal(head.centers, fit_head(vectors, numbers, dim=4, epochs=2, batch_size=8).centers)
+    splits = {name: pd.DataFrame({'label': pd.Series(named, dtype=object)}) for name in ('pca', 'query', 'index')}
+    numbered = {name: pd.DataFrame({'label': labels}) for name in splits}
+    gains = [head_gains(dict.fromkeys(splits, vectors), each, [2, 4], 4, epochs=1) for each in (splits, numbered)]
+    assert gains[0]['images'].tolist() == [0, 20, 40] and gains[0]['mp5'][0] == gains[1]['mp5'][0]
+
+
+@pytest.mark.parametrize('missing', [None, float('nan'), pd.NA, pd.NaT])
+def test_missing_labels_are_one_sentence_that_names_the_first(missing):
+    vectors, labels = clusters(4, 10, 0)
+    named = [f'class {label}' for label in labels]
+    named[7] = named[9] = missing
+    splits = dict.fromkeys(('pca', 'query', 'index'), pd.DataFrame({'label': named}))
+    for fit in (lambda: fit_head(vectors, named), lambda: fit_head(vectors, pd.Series(named, dtype=object)),
+                lambda: head_gains(dict.fromkeys(splits, vectors), splits, [1])):
+        with pytest.raises(InputError, match='^2 of 40 labels are missing, first that of row 7: leave these rows') as error:
+            fit()
+        assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize('size, norm, least', [(0, False, 1), (-3, False, 1), (1, True, 2)])
+def test_a_batch_too_small_to_train_on_is_one_sentence(size, norm, least):
+    with pytest.raises(InputError, match=f'^batch_size is {size}: give at least {least}') as error:
+        fit_head(*clusters(4, 10, 0), batch_size=size, norm=norm)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize('norm', [False, True])
+def test_vectors_of_any_precision_and_none_at_all_go_through_a_head(norm):
+    vectors, labels = clusters(4, 10, 0)
+    head = fit_head(vectors, labels, dim=4, epochs=1, batch_size=8, norm=norm)
+    expected = projected(head, vectors)
+    assert expected.shape == (40, 4) and np.array_equal(projected(head, vectors.astype(np.float64)), expected)
+    half = vectors.astype(np.float16)
+    assert np.array_equal(projected(head, half), projected(head, half.astype(np.float32)))
+    assert projected(head, vectors[:0]).shape == (0, 4) and projected(head, half[:0]).dtype == np.float32
 
 
 def test_the_head_of_the_best_epoch_is_returned():
