@@ -121,6 +121,16 @@ def new_model(config, n_classes):
     return model
 
 
+def whole_patches(tower, side):
+    """The side nearest to `side` that a tower's patches cover to its edges. A tower without patches, whose first convolution
+    pads the image, takes any."""
+    stem = next((part for part in tower.modules() if isinstance(part, nn.Conv2d)), None)
+    if stem is None or stem.padding != (0, 0):
+        return side
+    (kernel, _), (stride, _) = stem.kernel_size, stem.stride
+    return kernel + round((side - kernel) / stride) * stride
+
+
 def resize(model, side, overlap=0.0):
     """Changes the Embedder, in place, to another side or to patches that overlap by a share of their side; its spec says so.
     ValueError: an overlap for a tower other than open_clip's own transformer."""

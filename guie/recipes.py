@@ -4,15 +4,31 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
 from guie.heads import train_head
+from guie.model import whole_patches
 from guie.resume import refuse_other_config, run_lock
 from guie.splits import describe, other_images, refuse_other_data, trained_on
+from guie.towers import unloaded_tower
 from guie.training import run_job, write_job
+
+
+def larger(config, factor):
+    """A recipe's side, `factor` times the configuration's. Where patches cover the latter to its edges they cover this one
+    too: otherwise the next whole number of them is taken, which is printed."""
+    side = int(config.image_size * factor)
+    with torch.device('meta'):  # nothing is loaded or computed
+        tower = unloaded_tower(config)
+    whole = whole_patches(tower, side) if whole_patches(tower, config.image_size) == config.image_size else side
+    if whole != side:
+        print(f'{side} px are no whole number of patches of {config.model_name}: the recipe takes {whole}.')
+    return whole
 
 
 def halves(config, first, second):
@@ -28,7 +44,7 @@ FROZEN_HEAD = COSINE | {'trains': 'cached head', 'head_lr': 2.5e-4, 'class_lr': 
 RECIPES = {  # what each changes in a configuration; places are those of the challenge
     'place4': lambda config: {},
     # benchmarks/recipes.py: most on photographs (.890, place4 .813); more pixels and tokens for training and search
-    'best': lambda config: {'image_size': config.image_size * 3 // 2},
+    'best': lambda config: {'image_size': larger(config, 3 / 2)},
     # Kumar 2022, arXiv 2202.10054: the head alone first, so that a random one does not distort the tower
     'lp-ft': lambda config: {'subcenters': 1, 'stages': (
         FROZEN_HEAD | {'epochs': 20 * config.epochs, 'augmentation': 'none'}, COSINE | {'head_lr': 1e-4, 'class_lr': 1e-3})},
@@ -40,7 +56,7 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
     # 5th (with head_norm, which it had before its linear map): no PCA
     'direct-64': lambda config: {'embedding_dim': 64},
     # 1st: all again at 5/4 of the side, 224 to 280
-    'hi-res': lambda config: halves(config, {}, {'image_size': config.image_size * 5 // 4}),
+    'hi-res': lambda config: halves(config, {}, {'image_size': larger(config, 5 / 4)}),
     # 1st: overlapping patches at the end
     'overlap': lambda config: halves(config, {}, {'overlap': .5}),
     # Linear adaptation (ILIAS 2025): the tower as it is, a head on vectors that it gives once

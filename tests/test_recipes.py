@@ -43,6 +43,31 @@ def test_the_recipes_of_the_other_places_are_there():
     assert {'place4', 'lp-ft', 'locked-head', 'slow-tower', 'direct-64', 'hi-res', 'overlap'} <= set(RECIPES)
 
 
+@pytest.mark.parametrize('name, side, best, larger', [
+    ('ViT-H-14', 224, 336, 280), ('ViT-L-14', 224, 336, 280), ('ViT-L-14-336', 336, 504, 420),
+    ('ViT-SO400M-14-SigLIP', 224, 336, 280), ('ViT-SO400M-14-SigLIP-384', 384, 576, 480),  # 384 are no whole patches either
+    ('local-dir:media/miniature', 64, 96, 80), ('RN50', 224, 336, 280),
+    ('ViT-B-32', 224, '336 to 352', '280 to 288'), ('ViT-B-16', 224, 336, '280 to 272')])
+def test_a_recipe_takes_a_side_that_whole_patches_cover_and_says_where_it_is_another(name, side, best, larger, capsys):
+    config = Config(model_name=name, pretrained='', image_size=side)
+    for recipe, expected in (('best', best), ('hi-res', larger)):
+        taken = follow_recipe(config, recipe).each_stage()[-1].image_size
+        before, _, after = str(expected).rpartition(' to ')
+        said = f'{before} px are no whole number of patches of {name}: the recipe takes {after}.\n' if before else ''
+        assert taken == int(after) and capsys.readouterr().out == said
+
+
+def test_the_tower_of_a_recipe_sees_the_edges_of_its_images(capsys):
+    config = follow_recipe(CONFIG, 'hi-res').each_stage()[-1]
+    assert '40 px are no whole number of patches of local-dir:media/miniature' in capsys.readouterr().out
+    model, side = new_model(config).eval(), config.image_size
+    images = torch.zeros(3, 3, side, side, dtype=torch.uint8)
+    images[1, :, -1], images[2, :, :, -1] = 255, 255
+    with torch.inference_mode():
+        plain, *edges = model(images)
+    assert model.spec.image_size == 48 and all((plain - edge).abs().max() > 1e-3 for edge in edges)
+
+
 def test_lp_ft_fine_tunes_from_a_head_on_cached_vectors_whatever_the_augmentation(splits, tmp_path):
     config = follow_recipe(CONFIG.override(augmentation='happywhale'), 'lp-ft')
     assert [stage.augmentation for stage in config.each_stage()] == ['none', 'happywhale']
