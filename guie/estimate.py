@@ -6,14 +6,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from guie.distributed import autocast_dtype, best_device
-from guie.towers import unloaded_tower
+from guie.towers import tower_without_values
 
 
 def forward_cost(config):
     """(floating point operations, parameters) of a configuration's image tower for one image; a multiplication and an
     addition count as two. Nothing is downloaded or computed: torch's own counter needs shapes alone."""
+    tower = tower_without_values(config)
     with torch.device('meta'), FlopCounterMode(display=False) as counter:
-        tower = unloaded_tower(config)
         tower(torch.zeros(1, 3, config.image_size, config.image_size))
     return counter.get_total_flops(), sum(weight.numel() for weight in tower.parameters())
 

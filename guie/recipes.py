@@ -4,8 +4,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import different_fields
 from guie.distributed import launch, processes_here
@@ -15,16 +13,14 @@ from guie.heads import train_head
 from guie.model import whole_patches
 from guie.resume import refuse_other_config, run_lock
 from guie.splits import describe, other_images, refuse_other_data, trained_on
-from guie.towers import unloaded_tower
+from guie.towers import tower_without_values
 from guie.training import run_job, write_job
 
 
 def larger(config, factor):
     """A recipe's side, `factor` times the configuration's. Where patches cover the latter to its edges they cover this one
     too: otherwise the next whole number of them is taken, which is printed."""
-    side = int(config.image_size * factor)
-    with torch.device('meta'):  # nothing is loaded or computed
-        tower = unloaded_tower(config)
+    side, tower = int(config.image_size * factor), tower_without_values(config)
     whole = whole_patches(tower, side) if whole_patches(tower, config.image_size) == config.image_size else side
     if whole != side:
         print(f'{side} px are no whole number of patches of {config.model_name}: the recipe takes {whole}.')

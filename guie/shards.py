@@ -11,7 +11,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from guie.collection import SubmissionFile, hash_of, read_part, remove_leftovers, write_part
 from guie.datasets import any_names
 from guie.distributed import best_device, report_error, take_place
+from guie.embedding import readable_loading
 from guie.errors import FileError, InputError, MissingError, Stopped
 from guie.files import folder_beside, printable, progress_bar, short_name, user_path
 from guie.images import default_workers, image_suffixes, one_thread, read_pixels
@@ -186,19 +187,6 @@ def part_of(folder, file):
     return folder / f'{name}-{hashlib.sha256(os.fsencode(unsigned(file))).hexdigest()[:8]}.csv'
 
 
-@contextmanager
-def killed_workers_named():
-    """Says in one sentence that a data-loading process was killed, which PyTorch tells at any moment."""
-    try:
-        yield
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        raise Stopped('A data-loading process was killed, most likely because memory ran out: start fewer processes, or set '
-                      'workers of embed_shards lower (0 loads in the process itself); the same command goes on from here.'
-                      ) from None
-
-
 def embed_shards(model, shards, folder, rank=0, processes=1, workers=None):
     """Embeds every processes-th tar file, from the rank-th on, that has no vectors yet -> the folder of the model's vectors.
     model: Embedder or Ensemble. shards: as in tar_files. Images that cannot be read are counted, printed, and have no
@@ -215,7 +203,8 @@ def embed_shards(model, shards, folder, rank=0, processes=1, workers=None):
     batches = DataLoader(TarImages(files, [member.spec.image_size for member in members]), batch_size=None,
                          num_workers=workers, worker_init_fn=one_thread, pin_memory=torch.cuda.is_available())
     model.to(best_device()).eval()
-    with progress_bar(total=len(files), desc='tar files', disable=rank > 0) as bar, killed_workers_named():
+    loading = readable_loading('tar files', Stopped, ', with fewer processes: it goes on from here.')
+    with progress_bar(total=len(files), desc='tar files', disable=rank > 0) as bar, loading:
         for batch in batches if files else ():
             earlier = held.setdefault(batch.file, [])
             if not batch.last:

@@ -26,7 +26,7 @@ from guie.checkpoints import load_run
 from guie.errors import FileError, InputError, MissingError
 from guie.files import copy_to_kaggle_output, progress_bar, reason_of, user_path, whole_file
 from guie.images import ImageDataset
-from guie.model import Embedder, Ensemble, resized
+from guie.model import Embedder, Ensemble, resized, whole_patches
 from guie.projection import MAX_DIM, project
 from guie.retrieval import mean_precision_at_5
 from guie.splits import sample_objects
@@ -78,9 +78,7 @@ def at_size(embedder, factor):
     if factor == 1:
         return embedder
     embedder = on_cpu(embedder)
-    stem = next(part for part in embedder.tower.modules() if isinstance(part, nn.Conv2d))
-    (kernel, _), (stride, _) = stem.kernel_size, stem.stride
-    side = kernel + round((embedder.spec.image_size * factor - kernel) / stride) * stride
+    side = round(whole_patches(embedder.tower, embedder.spec.image_size * factor))
     resize_tower(embedder.tower, side)
     embedder.spec = replace(embedder.spec, image_size=side)
     return embedder

@@ -216,6 +216,15 @@ def unloaded_tower(config):
     return tower
 
 
+def tower_without_values(config):
+    """unloaded_tower on the meta device: its shapes alone."""
+    try:
+        with torch.device('meta'):
+            return unloaded_tower(config)
+    except InputError:  # timm before 1.0.31 computes with some weights while it builds, such as RegNet's
+        return unloaded_tower(config).to('meta')
+
+
 def build_tower(spec):
     """The tower of a TowerSpec with random weights, to load our own into."""
     plan = spec.architecture

@@ -26,6 +26,12 @@ def test_the_operations_are_those_of_its_matrix_products(side):
     assert parameters == sum(weight.numel() for weight in tower.parameters())
 
 
+@pytest.mark.parametrize('name, published', [('regnety_032', 3.2e9), ('efficientnet_lite0', .407e9)])
+def test_a_tower_of_timms_is_counted_once_also_where_timm_cannot_build_it_without_values(name, published):
+    operations, _ = forward_cost(Config(model_name=f'timm:{name}', pretrained='random', image_size=224))
+    assert operations == pytest.approx(2 * published, rel=.07)  # multiplications with additions; ours has no classes
+
+
 def test_the_operations_of_a_published_tower_are_the_published_ones_and_nothing_is_downloaded():
     operations, parameters = forward_cost(Config())
     assert operations / 2e9 == pytest.approx(167.4, rel=.02) and parameters / 1e6 == pytest.approx(632, rel=.01)
