@@ -61,13 +61,15 @@ def find_images(folder):
         frame, root = list_images(folder), os.path.abspath(user_path(folder))
     labels = ['label'] if 'label' in frame and frame['label'].nunique() > 1 else []
     below = len(root.rstrip('/')) + 1
-    frame = frame[['path', *labels]].reset_index(drop=True).astype(dict.fromkeys(labels, object))  # no unused categories
+    frame = frame[['path', *labels]].reset_index(drop=True)
+    if labels and isinstance(frame['label'].dtype, pd.CategoricalDtype):  # it may have categories that no image is of
+        frame['label'] = frame['label'].astype(object)
     return frame.assign(file=[path[below:] for path in frame['path']]), root
 
 
 def check_paths(paths):
     """InputError unless each is a path, which an empty cell of a table is not."""
-    if bad := [row for row, path in enumerate(paths) if not path or not isinstance(path, (str, os.PathLike))]:
+    if bad := [row for row, path in enumerate(paths) if not isinstance(path, (str, os.PathLike)) or not path]:
         raise InputError(f'The table to search names no image in {len(bad):,} of {len(paths):,} rows, first row {bad[0]} '
                          f'(path {paths[bad[0]]!r}): leave these out.')
 

@@ -1,6 +1,7 @@
 """Comparison: two runs side by side - what differs in their settings, in their scores, and which queries changed most."""
 import html
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ def distinct_names(runs):
     names, above = [run.name for run in runs], [run.path.absolute().parent.parent.parts[::-1] for run in runs]
     if names[0] == names[1]:
         depth = next((depth for depth, (one, other) in enumerate(zip(*above), 1) if one != other), 0)
-        names = ['/'.join([*parts[:depth][::-1], name]) for parts, name in zip(above, names)]
+        names = [Path(*parts[:depth][::-1], name).as_posix() for parts, name in zip(above, names)]
     return names if names[0] != names[1] else [f'{name} ({letter})' for name, letter in zip(names, 'ab')]
 
 

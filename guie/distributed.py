@@ -102,19 +102,21 @@ def stop_signal(act=lambda: None):
 
 def stop_requested(folder):
     """In a launched process: whether the notebook asks to stop, or is gone. Elsewhere False."""
-    if 'GUIE_NOTEBOOK' not in os.environ:
-        return False
+    return 'GUIE_NOTEBOOK' in os.environ and (Path(folder, 'stop').exists() or notebook_gone())
+
+
+def notebook_gone():
+    """In a launched process: whether the notebook that launched it has ended."""
     with suppress(psutil.NoSuchProcess):
-        notebook = psutil.Process(int(os.environ['GUIE_NOTEBOOK']))
-        return notebook.status() == psutil.STATUS_ZOMBIE or Path(folder, 'stop').exists()
+        return psutil.Process(int(os.environ['GUIE_NOTEBOOK'])).status() == psutil.STATUS_ZOMBIE
     return True
 
 
-def end_with_notebook(folder):
+def end_with_notebook():
     """In a launched process that saves nothing on its way: ends it when the notebook that launched it is gone, as when its
     kernel was restarted."""
     def watch():
-        while not stop_requested(folder):
+        while not notebook_gone():
             time.sleep(1)
         os._exit(1)
 
@@ -208,7 +210,8 @@ def first_reason(complaints):
 
 
 def report_error(folder, work):
-    """In a launched process: runs work(); the first error of all processes is left in folder/error.json."""
+    """In a launched process: runs work(); the first error of all processes is left in folder/error.json. folder: None where
+    the command names none."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A line in one write, since the processes share a file: the launcher starts python -u, whose print makes two.
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
@@ -217,8 +220,9 @@ def report_error(folder, work):
     except (Exception, KeyboardInterrupt) as error:
         name = type(error).__name__
         message = str(error) if name in ERRORS else f'{name}: {" ".join(str(error).split())[:500]}'
-        with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail because this one is gone
-            json.dump([name, message], file)
+        if folder is not None:
+            with suppress(OSError), open(Path(folder) / 'error.json', 'x') as file:  # the others fail as this one is gone
+                json.dump([name, message], file)
         raise SystemExit(message) from None
     if torch.distributed.is_initialized():
         if torch.distributed.get_backend() == 'nccl':

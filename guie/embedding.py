@@ -95,17 +95,17 @@ def width_of(model):
 
 
 @contextmanager
-def readable_loading(name, kind=ProcessError, end='.'):
-    """Turns errors of data loading into one sentence; that of a killed process is of `kind` and ends with `end`."""
+def readable_loading(name, kind=ProcessError, advice='free some and run it again'):
+    """Turns errors of data loading into one sentence; that of a killed process is of `kind` and ends with `advice`."""
     try:
         yield
     except RuntimeError as error:
         if not re.search(r'DataLoader worker \(pid|a data-loading process', str(error)):  # the latter: of embed, within fit
             raise
-        raise kind(f'{name}: a data-loading process was killed, most likely because memory ran out; set workers lower (0 '
-                   f'loads in the notebook itself) and run it again{end}') from None
+        raise kind(f'{name}: a data-loading process was killed, most likely because memory ran out: {advice}.') from None
     except OSError as error:  # a worker's comes with its traceback inside
-        raise FileError(re.sub(r'^[\w.]+: ', '', str(error).strip().splitlines()[-1])) from error
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise FileError(re.sub(r'^[\w.]+: ', '', last)) from error
 
 
 def batches_of(dataset, reading, pixels=None):
@@ -151,7 +151,7 @@ def vectors_hash(model):
     return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
-def cached_vectors(file, paths, key, size=224):
+def cached_vectors(file, paths, key, size):
     """(vectors, list of unreadable paths) in an .npz file for these images and this model, or None; None too if one of the
     unreadable images can be read now, at `size` pixels."""
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(user_path(file)) as kept:
@@ -169,7 +169,8 @@ def any_readable(paths, size):
 def is_readable(path, size):
     """Whether an image can be read at that size."""
     with suppress(OSError):
-        return len(read_pixels(path, size)) == size
+        read_pixels(path, size)
+        return True
     return False
 
 
@@ -219,7 +220,7 @@ def selection_score(model, splits, pixels=None):
 
 def main(folder):
     """In a launched process: embeds what embed_all wrote into the folder, together with the others."""
-    end_with_notebook(folder)
+    end_with_notebook()
     projected = open_checkpoint(folder).projection is not None
     model, splits = load_run(folder, dim=64 if projected else None), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():

@@ -18,7 +18,7 @@ from guie.model import Embedder, SubcenterHead, new_model, resize
 from guie.projection import MAX_DIM, Projection, dims_of, fit_pca
 from guie.resume import LOGGED, refuse_other_run, run_lock
 from guie.retrieval import codes
-from guie.scores import score_table
+from guie.scores import score_table, selection_mp5
 from guie.splits import SELECTION, describe
 
 
@@ -175,8 +175,7 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
         started = time.time()
 
         def validate(head):
-            return float(score_table('', '', {name: projected(head, vectors[name]) for name in SELECTION}, splits,
-                                     dims=(None,), split='selection_')['mp5'].iloc[0])
+            return selection_mp5({name: projected(head, vectors[name]) for name in SELECTION}, splits)
 
         def report(step, loss, score):
             rate = step * config.effective_batch / max(time.time() - started, 1e-9)

@@ -123,9 +123,9 @@ def new_model(config, n_classes):
 
 def whole_patches(tower, side):
     """The side nearest to `side` that a tower's patches cover to its edges. A tower without patches, whose first convolution
-    pads the image, takes any."""
+    pads the image or has small steps, takes any."""
     stem = next((part for part in tower.modules() if isinstance(part, nn.Conv2d)), None)
-    if stem is None or stem.padding != (0, 0):
+    if stem is None or stem.padding != (0, 0) or stem.stride[0] < 4:
         return side
     (kernel, _), (stride, _) = stem.kernel_size, stem.stride
     return kernel + round((side - kernel) / stride) * stride

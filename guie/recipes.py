@@ -113,11 +113,15 @@ def finished_stage(folder, config, data, search):
     for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
         if not (place / 'stage.safetensors').exists():
             continue
-        if difference := different_fields(open_checkpoint(place / 'stage.safetensors').config, config):
-            raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
-                             f'another name, or delete that folder.')
+        difference = different_fields(open_checkpoint(place / 'stage.safetensors').config, config)
         if place == folder:
             refuse_other_data(place, data)
+            if difference:
+                raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
+                                 f'another name, or delete that folder.')
+        elif difference:
+            print(f'{place} has another configuration ({", ".join(difference)}) and is left alone.')
+            continue
         elif other_images(there := trained_on(place), data):
             print(f'{place} is of other images ({there}; now {data}) and is left alone.')
             continue

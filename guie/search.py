@@ -114,7 +114,8 @@ class Search:
         return found_in(self.collection, vector, whole_number(k), leave_out, self.faiss)
 
     def place_of(self, path):
-        """The position of a file among the images, or None. The links that lead to it, and to the folder, do not count."""
+        """The position of a file among the images, or None. Links in the way to it, or to the
+        folder, are followed; those below the folder are not."""
         path, real = os.path.abspath(path), os.path.join(os.path.realpath(self.root), '')
         ways = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), os.path.realpath(path)
         ways = [os.path.join(self.root, way.removeprefix(real)) for way in ways if way.startswith(real)]
@@ -310,7 +311,7 @@ def main(run=None, folder=None, cache=None, *more):
     if folder is None or more:
         raise InputError('Name a run and a folder of images, and perhaps one for the vectors: accelerate launch -m '
                          'guie.search RUN FOLDER [CACHE].')
-    end_with_notebook(run)
+    end_with_notebook()
     rank, processes = take_place()
     images, root = find_images(folder)
     model, home, name = open_model(run)
@@ -318,4 +319,4 @@ def main(run=None, folder=None, cache=None, *more):
 
 
 if __name__ == '__main__':
-    report_error(sys.argv[1] if sys.argv[1:] else os.devnull, lambda: main(*sys.argv[1:]))
+    report_error(next(iter(sys.argv[1:]), None), lambda: main(*sys.argv[1:]))

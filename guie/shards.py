@@ -5,6 +5,7 @@
 writes the vectors of each tar file into FOLDER: float32 (n, dim), unit rows, and a table that names them. TAR: files,
 folders of files, or addresses that webdataset opens. A tar file that has vectors is not read again: delete these if it has
 changed. It is known by its path, which must be the same on all machines."""
+import gzip
 import hashlib
 import os
 import re
@@ -112,15 +113,17 @@ def check_end(tar, most):
         if block.strip(b'\0'):
             raise tarfile.ReadError('damaged, or several tar files joined: more follows the zeros that end it')
         if zeros > most:
-            raise tarfile.ReadError('damaged or not copied to its end: the rest is zeros')
+            raise tarfile.ReadError(f'damaged or not copied to its end: more than {most:,} bytes of zeros end it')
 
 
 def opened(file):
     """A tar file or address as a stream of bytes."""
-    if not is_address(file):
-        return open(file, 'rb')
-    from webdataset import gopen
-    return gopen(file)
+    if is_address(file):
+        from webdataset import gopen
+        return gopen(file)
+    with open(file, 'rb') as stream:
+        packed = stream.read(2) == b'\x1f\x8b'
+    return (gzip.open if packed else open)(file, 'rb')  # tarfile would read the first of gzip's members, and check none
 
 
 def decoded(file, some, sides):
@@ -203,7 +206,7 @@ def embed_shards(model, shards, folder, rank=0, processes=1, workers=None):
     batches = DataLoader(TarImages(files, [member.spec.image_size for member in members]), batch_size=None,
                          num_workers=workers, worker_init_fn=one_thread, pin_memory=torch.cuda.is_available())
     model.to(best_device()).eval()
-    loading = readable_loading('tar files', Stopped, ', with fewer processes: it goes on from here.')
+    loading = readable_loading('tar files', Stopped, 'start fewer processes; the same command goes on from here')
     with progress_bar(total=len(files), desc='tar files', disable=rank > 0) as bar, loading:
         for batch in batches if files else ():
             earlier = held.setdefault(batch.file, [])
@@ -332,4 +335,4 @@ def main(run=None, folder=None, *shards):
 
 
 if __name__ == '__main__':
-    report_error(sys.argv[1] if sys.argv[1:] else os.devnull, lambda: main(*sys.argv[1:]))
+    report_error(next(iter(sys.argv[1:]), None), lambda: main(*sys.argv[1:]))

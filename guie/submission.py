@@ -204,8 +204,8 @@ def export_submission(model, path, *, reference=None, submit=False):
     reference.npz in the same folder (images uint8 (n, 3, 96, 96), vectors). submit: on Kaggle, also saves it where the
     competition looks for it. ValueError: a model the host cannot use. OSError: it cannot be written; the old file at `path`
     stays until the new one is whole."""
-    folder, path = str(path).endswith(('/', os.sep)), user_path(path)
-    path = path / 'submission.zip' if folder or path.is_dir() else path
+    is_folder, path = str(path).endswith(('/', os.sep)), user_path(path)
+    path = path / 'submission.zip' if is_folder or path.is_dir() else path
     model = on_cpu(submission_of(model))
     with whole_file(path) as beside, tempfile.TemporaryDirectory(prefix='.submission-', dir=path.parent) as folder, \
             torch.no_grad(), warnings.catch_warnings():
@@ -217,8 +217,9 @@ def export_submission(model, path, *, reference=None, submit=False):
     print(f'{path}: {path.stat().st_size / 2**20:.1f} MB, {dim} dimensions, within {worst:.1g} of the model.')
     if reference is not None:
         images = reference_images(reference)
-        with torch.inference_mode(), whole_file(path.with_name('reference.npz')) as beside:
+        with torch.inference_mode():
             vectors = np.concatenate([model(torch.from_numpy(image)[None]) for image in images])
+        with whole_file(path.with_name('reference.npz')) as beside:
             np.savez(beside, images=images, vectors=vectors)
     if submit:
         copy_to_kaggle_output(path)

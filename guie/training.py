@@ -240,7 +240,8 @@ def readable_errors(run, dataset):
     A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
     name = run.folder.name
     try:
-        with readable_loading(name, Stopped, ': it resumes from its last state.'):
+        with readable_loading(name, Stopped, 'set workers lower (0 loads in the notebook itself) and run it again; it '
+                              'resumes from its last state'):
             yield
     except torch.OutOfMemoryError as error:
         raise MemoryFull(

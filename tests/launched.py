@@ -2,7 +2,6 @@
 import json
 import os
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from guie.embedding import selection_score
 from guie.errors import InputError, Stopped
 from guie.sharding import is_sharded
 from guie.splits import Splits
-from tests.runs import CONFIG, HALF, SAVING, new_model, one_step, watch_half, without_dropout
+from tests.runs import CONFIG, HALF, SAVING, new_model, one_step, wait_for, watch_half, without_dropout
 
 ALIKE = CONFIG.override(augmentation='cutout', validate_every=4)  # 12 steps of 16 images, on any number of processes
 
@@ -69,8 +68,7 @@ def refuse(folder):
             for _ in range(300):
                 print(f'process {rank} of {processes} prints ü')
         (folder / f'{place} {os.getpid()}').touch()
-        while len(list(folder.glob(f'{place} *'))) < processes:
-            time.sleep(.001)
+        wait_for(lambda place=place: len(list(folder.glob(f'{place} *'))) >= processes)
     raise InputError(f'The words of process {rank}.')
 
 

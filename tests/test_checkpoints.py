@@ -541,7 +541,7 @@ def test_a_run_of_the_version_before_loads_with_its_vectors_hashes_and_configura
     paths = np.array(train['path'].tolist(), str)
     np.savez(tmp_path / 'query.npz', vectors=np.ones((72, 8), np.float32), paths=paths, digest=EARLIER_VECTORS)
     assert embed(model, train, cache=tmp_path / 'query.npz').all()  # not those of the images
-    assert cached_vectors(tmp_path / 'query.npz', paths[::-1], vectors_hash(model)) is None
+    assert cached_vectors(tmp_path / 'query.npz', paths[::-1], vectors_hash(model), 32) is None
     config = open_checkpoint(tmp_path / 'run').config
     assert (config.layer_lrs, config.head_weight_decay, config.tower_weight_decay, config.max_grad_norm) == (
         ((2, 1e-4),), .25, .5, 2.)

@@ -278,6 +278,8 @@ def test_a_table_with_an_empty_cell_for_a_path_is_one_sentence(photos, bad):
     with pytest.raises(InputError, match=r'names no image in 2 of 4 rows, first row 2 \(path .*\): leave these') as error:
         find_images(pd.DataFrame({'path': pd.Series(paths, dtype=object)}))
     assert is_one_sentence(error)
+    with pytest.raises(InputError, match='names no image in 1 of 2 rows, first row 1'):
+        find_images(pd.DataFrame({'path': pd.Series(['/a.jpg', None], dtype='string')}))
 
 
 def test_a_model_that_gives_nan_is_one_sentence_and_nothing_is_kept(photos):

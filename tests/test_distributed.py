@@ -373,8 +373,8 @@ def test_a_launched_process_is_asked_to_stop_by_a_file_or_by_the_end_of_its_note
 @pytest.mark.parametrize('launched', [True, False])
 def test_a_process_that_embeds_ends_with_the_notebook_that_launched_it_and_else_goes_on(tmp_path, launched):
     notebook = subprocess.Popen(['sleep', '60'])
-    code = (f"import time; from guie.distributed import end_with_notebook; end_with_notebook('{tmp_path}'); "
-            f"open('{tmp_path}/begun', 'w'); time.sleep({60 if launched else 4})")
+    code = (f"import time; from guie.distributed import end_with_notebook; end_with_notebook(); "
+            f"open('{tmp_path}/begun', 'w'); time.sleep({60 if launched else 2.5})")
     child = subprocess.Popen([sys.executable, '-c', code], env=os.environ | (
         {'GUIE_NOTEBOOK': str(notebook.pid)} if launched else {}))
     wait_for((tmp_path / 'begun').exists)

@@ -69,7 +69,7 @@ def test_vectors_are_found_in_any_of_several_files_and_only_the_first_is_written
     assert embed(model, train, known=known[:2]).any() and contents(tmp_path) == before
     made = embed(model, train, cache=tmp_path / 'own.npz', known=known[:2])
     assert contents(tmp_path).keys() - before.keys() == {'own.npz'}
-    assert np.array_equal(cached_vectors(tmp_path / 'own.npz', paths, vectors_hash(model))[0], made)
+    assert np.array_equal(cached_vectors(tmp_path / 'own.npz', paths, vectors_hash(model), 32)[0], made)
 
 
 @pytest.mark.parametrize('name', ['可乐'.encode('gbk'), 'ü'.encode('cp437'), b'\xff\xfe', '可乐'.encode()])
@@ -81,7 +81,7 @@ def test_vectors_are_kept_for_paths_of_any_bytes_and_an_unreadable_one_is_named(
     said = capsys.readouterr().out
     assert said.encode() and '1 images could not be read, first ' in said
     paths, key = np.array(frame['path'].tolist(), str), vectors_hash(small_model())
-    assert np.array_equal(cached_vectors(tmp_path / 'vectors.npz', paths, key)[0], vectors)
+    assert np.array_equal(cached_vectors(tmp_path / 'vectors.npz', paths, key, 32)[0], vectors)
 
 
 def whole_cache(file, paths, key):
@@ -100,12 +100,12 @@ def test_a_damaged_file_of_vectors_is_made_again(train, tmp_path, damage):
     assert not embed(model, train, cache=file).any()
     file.write_bytes(damage(whole))
     assert embed(model, train, cache=file).any()
-    assert cached_vectors(file, paths, vectors_hash(model))[0].any()
+    assert cached_vectors(file, paths, vectors_hash(model), 32)[0].any()
 
 
 def test_a_file_of_python_objects_is_not_read(tmp_path):
     np.savez(tmp_path / 'v.npz', vectors=np.array([{}], dtype=object), paths=np.array(['a']), hash='key')
-    assert cached_vectors(tmp_path / 'v.npz', np.array(['a']), 'key') is None
+    assert cached_vectors(tmp_path / 'v.npz', np.array(['a']), 'key', 32) is None
 
 
 def test_a_disk_that_refuses_the_vectors_costs_only_the_time_to_embed_again(train, tmp_path, capsys):
@@ -185,7 +185,7 @@ def kill_workers(monkeypatch, path):
 
 def test_a_killed_data_loading_process_is_one_sentence(train, monkeypatch):
     kill_workers(monkeypatch, train['path'][3])
-    with pytest.raises(ProcessError, match='^query: a data-loading process was killed, .*set workers .*again') as error:
+    with pytest.raises(ProcessError, match='^query: a data-loading process was killed, .*: free some and run') as error:
         embed(small_model(), train, workers=1, desc='query')
     assert is_one_sentence(error) and embed(small_model(), train, workers=0).shape == (72, 32)
 

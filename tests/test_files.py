@@ -344,7 +344,7 @@ def test_paths_of_every_room_mean_what_people_mean(home, tiny_world, train):
     architecture = "{'h': {'model_name': 'ViT-S-32-alt', 'pretrained': 'random', 'image_size': 32}}"
     assert len(checkpoints.find_ingredients('x', ['h'], "{'h': ['~/runs/h_x']}", architecture)['h']) == 1
     embedding.save_vectors('~/v.npz', np.ones((1, 2)), np.array(['a']), 'key')
-    assert embedding.cached_vectors(' ~/v.npz', np.array(['a']), 'key') is not None
+    assert embedding.cached_vectors(' ~/v.npz', np.array(['a']), 'key', 32) is not None
     with pytest.raises(ValueError, match='is not a submission'):
         submission.load_submission(files.user_path('~/scores.csv'))
     plots.plot_logs(['~/runs/h_x'])

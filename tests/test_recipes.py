@@ -128,6 +128,11 @@ def test_stages_resume_where_stopped_and_a_finished_one_is_not_trained_again(spl
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'run'))
     with pytest.raises(ValueError, match='another configuration .seed: 5, now 6'):
         recipes.train(STAGED.override(seed=6), splits, tmp_path / 'run', search=(tmp_path / 'input',))
+    capsys.readouterr()
+    recipes.train(STAGED.override(seed=6), splits, tmp_path / 'other/run', search=(tmp_path / 'input',))
+    said = capsys.readouterr().out
+    assert f'{attached}/run-stage-1 has another configuration (seed: 5, now 6) and is left alone.' in said
+    assert 'run-stage-1: hash of the weights' in said
 
 
 def test_a_finished_stage_of_other_images_is_not_built_upon(splits, tmp_path, capsys):
