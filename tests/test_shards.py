@@ -193,7 +193,7 @@ def test_a_worker_that_is_killed_is_one_sentence_and_the_same_command_goes_on(ta
         return done(file, *given)
 
     monkeypatch.setattr(shards, 'decoded', killed_in_the_third)
-    with pytest.raises(Stopped, match='^tar files: a data-loading process was killed.* the same command goes on from here.$') as error:
+    with pytest.raises(Stopped, match='^tar files: a data-loading process was killed.* same command goes on') as error:
         embed_shards(MODEL, [tars], tmp_path / 'kept', workers=1)
     assert is_one_sentence(error)
     before = times(tmp_path / 'kept')
