@@ -46,7 +46,7 @@ TOWERS = {'ViT-H-14': ('ViT-H-14', 'random', 224, ((10, 1.25e-6), (20, 2.5e-6), 
           'miniature': (MINIATURE, 'miniature', 64, ((6, 1e-4),))}
 PEAKS = {'P100': 19, 'T4': 65, 'L4': 121, 'V100': 125, 'A100': 312, 'H100': 989, 'H200': 989}  # TFLOP/s, half, datasheets
 CLASSES = 17_642  # of the published H run
-CHOSEN = 'as a notebook chooses'
+WHOLE = 'whole'  # nothing is recomputed unless it must be
 ON_GPU = torch.cuda.is_available()
 
 
@@ -87,7 +87,7 @@ def operations(model, config):
 
 
 def train_tower(tower, quick):
-    """A step by fit's own parts: with the batch that a notebook chooses, then recomputed, 8 images and twice as
+    """A step by fit's own parts: with the largest batch that the plan allows, then recomputed, 8 images and twice as
     many until they do not fit."""
     classes, most = (20, 32) if quick else (CLASSES, 4096)
     config = configuration(tower, effective_batch=most)
@@ -104,14 +104,14 @@ def train_tower(tower, quick):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         speed = rate(lambda: training.optimiser_step(run, [some], margins), batch, 3 if batch <= 64 else 1)
-        choice = config.override(batch_size=batch, effective_batch=batch, checkpoint_activations=words != CHOSEN or
+        choice = config.override(batch_size=batch, effective_batch=batch, checkpoint_activations=words != WHOLE or
                                  config.checkpoint_activations)
         plan, (taken, held) = sum(memory_plan(plain, choice, half=run.half).values()), memory()
         return {'work': f'{tower}, step of {batch:,} images, {words}', 'measured': f'{speed:.0f} images/s; {taken:.1f} GB, '
                 f'{held:.1f} with what PyTorch keeps free', 'against': f'{speed * flops / 1e12:.0f} TFLOP/s, '
                 f'{speed * flops / 1e12 / peak:.0%} of the published peak; planned {plan / 1e9:.1f} GB'}
 
-    rows, batch = [row(config.batch_size, CHOSEN)], 8
+    rows, batch = [row(config.batch_size, WHOLE)], 8
     checkpoint_activations(model.tower)
     while batch <= most:
         try:

@@ -113,8 +113,8 @@ def notebook_gone():
 
 
 def end_with_notebook():
-    """In a launched process that saves nothing on its way: ends it when the notebook that launched it is gone, as when its
-    kernel was restarted."""
+    """In a launched process that has nothing to save at its end: ends it when the notebook that launched it is gone, as when
+    its kernel was restarted."""
     def watch():
         while not notebook_gone():
             time.sleep(1)

@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from guie.checkpoints import load_run, open_checkpoint
-from guie.config import different_fields
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
 from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
 from guie.heads import train_head
 from guie.model import whole_patches
-from guie.resume import refuse_other_config, run_lock
-from guie.splits import describe, other_images, refuse_other_data, trained_on
+from guie.resume import is_same_run, refuse_other_config, run_lock
+from guie.splits import describe, refuse_other_data
 from guie.towers import tower_without_values
 from guie.training import run_job, write_job
 
@@ -108,25 +107,13 @@ def train_stage(config, splits, folder, processes, options, last):
 
 
 def finished_stage(folder, config, data, search):
-    """The weights of a finished stage, in its folder or in an attached output of the same run, or None.
-    data: describe of the images; an attached stage of others is printed and left alone, the folder's own is a ValueError."""
+    """The weights of a finished stage, in its folder, which train has checked, or in an attached output of the same run,
+    configuration and images (data: a line of describe); or None."""
     for place in [folder, *(place for place in map(Path, attached_folders(search)) if place.name == folder.name)]:
-        if not (place / 'stage.safetensors').exists():
-            continue
-        difference = different_fields(open_checkpoint(place / 'stage.safetensors').config, config)
-        if place == folder:
-            refuse_other_data(place, data)
-            if difference:
-                raise InputError(f'{place} is of a run with another configuration ({", ".join(difference)}): give this run '
-                                 f'another name, or delete that folder.')
-        elif difference:
-            print(f'{place} has another configuration ({", ".join(difference)}) and is left alone.')
-            continue
-        elif other_images(there := trained_on(place), data):
-            print(f'{place} is of other images ({there}; now {data}) and is left alone.')
-            continue
-        print(f'{folder.name}: done, in {place}')
-        return place / 'stage.safetensors'
+        file = place / 'stage.safetensors'
+        if file.exists() and (place == folder or is_same_run(place, open_checkpoint(file).config, config, data)):
+            print(f'{folder.name}: done, in {place}')
+            return file
 
 
 def keep_stage(folder):

@@ -243,6 +243,17 @@ def print_resumed(run, state, steps):
                               f'summed do not, so weights will differ slightly.')
 
 
+def is_same_run(folder, saved, config, data):
+    """Whether an attached folder is of a configuration and of images; prints what differs, else. saved: its own Config."""
+    if difference := different_fields(saved, config):
+        print(f'{folder} has another configuration ({", ".join(difference)}) and is left alone.')
+    elif other_images(there := trained_on(folder), data):
+        print(f'{folder} is of other images ({there}; now {data}) and is left alone.')
+    else:
+        return True
+    return False
+
+
 def copy_attached_state(run_dir, config, data, search=ATTACHED):
     """If the run has no state, copies its newest whole one, with log and weights, from an attached earlier output (as on
     Kaggle). Looks in folders of the run's name below those of `search`. Errors as in refuse_other_run."""
@@ -255,15 +266,11 @@ def copy_attached_state(run_dir, config, data, search=ATTACHED):
     for state in filter(is_whole, sorted(states, key=lambda state: state.name, reverse=True)):
         run = state.parent.parent
         try:
-            difference = different_fields(Config.load(run / 'config.json'), config)
+            saved = Config.load(run / 'config.json')
         except (OSError, ValueError) as error:
             print(f'{run} is left alone: {error}')
             continue
-        if difference:
-            print(f'{run} has another configuration ({", ".join(difference)}) and is left alone.')
-            continue
-        if other_images(there := trained_on(run), data):
-            print(f'{run} is of other images ({there}; now {data}) and is left alone.')
+        if not is_same_run(run, saved, config, data):
             continue
         try:
             for name in ('config.json', 'log.csv', BEST, 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from runs import CONFIG, apart, check_half, is_one_sentence, new_model, one_step, same, wait_for, weights
 
-from guie import distributed
+from guie import distributed, embedding, search
 from guie.checkpoints import load_run, open_checkpoint
 from guie.config import Config
 from guie.distributed import (
@@ -386,6 +386,13 @@ def test_a_process_that_embeds_ends_with_the_notebook_that_launched_it_and_else_
     notebook.kill()
     notebook.wait()
     assert child.wait(timeout=30) == int(launched)
+
+
+@pytest.mark.parametrize('module, given', [(embedding, 1), (search, 2)])
+def test_processes_that_embed_watch_their_notebook_before_anything_else(tmp_path, monkeypatch, module, given):
+    monkeypatch.setattr(module, 'end_with_notebook', lambda: pytest.fail('watched'))
+    with pytest.raises(pytest.fail.Exception, match='watched'):
+        module.main(*[tmp_path] * given)
 
 
 # Devices

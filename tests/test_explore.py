@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from guie import explore as room
-from guie.explore import choose_pair, compare_pairs, explore, folders_of
+from guie.explore import choose_pair, compare_pairs, explore, folders_of, rounded
 from guie.scores import paired_bootstrap
 
 EVIL_FILE, EVIL_LABEL = '<img src=x onerror=alert(1)>.jpg', '</script><script>alert(1)</script> & "quoted\'s" \u2028'
@@ -475,6 +475,10 @@ def test_what_was_written_and_left_out_is_printed(world, tmp_path, capsys, monke
     assert size < 200_000
     monkeypatch.chdir(tmp_path)
     assert explore([world[0] / 'second', str(world[0] / 'third')], 'mine.html').path.absolute() == tmp_path / 'mine.html'
+
+
+def test_the_page_shows_a_number_as_notebooks_do():
+    assert f'{rounded(.063472):.3f}' == '0.063'  # by way of .0635 it would be .064
 
 
 def test_runs_of_equal_names_are_all_shown_wherever_one_stands(world, tmp_path, monkeypatch):
