@@ -408,6 +408,9 @@ def publish():
         pairs = zip(code_cells(notebook), code_cells(json.loads(copy.read_text())))
         for number, (cell, made) in enumerate(pairs, start=1):  # papermill counts a cell of its own
             cell['outputs'], cell['execution_count'] = tidy(made['outputs']), number
+            for output in cell['outputs']:
+                if 'execution_count' in output:  # JupyterLab shows it
+                    output['execution_count'] = number
         notebook['metadata']['outputs_of'] = {file: source_hash(file) for file in (path.name, *ROOMS)}
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
         print(f'{path}: {path.stat().st_size / 1e3:.0f} kB')

@@ -93,6 +93,9 @@ def test_a_notebook_has_outputs_without_errors_or_warnings(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_outputs_belong_to_the_source(name):
+    for cell in nbformat.read(f'{name}.ipynb', 4).cells:
+        for output in cell.get('outputs', ()):
+            assert output.get('execution_count', cell.execution_count) == cell.execution_count
     made_from = nbformat.read(f'{name}.ipynb', 4).metadata.get('outputs_of', {})
     assert made_from.get(f'{name}.ipynb') == demo.source_hash(f'{name}.ipynb'), \
         f'{name}.ipynb was changed after its outputs were made: run `make notebooks`.'
