@@ -185,7 +185,7 @@ def sound_checkpoints(paths):
             json.loads(checkpoint.metadata.get('config', '{}'))
             yield checkpoint
         except (ValueError, OSError) as error:
-            print(f'{path} is passed over: {error}')
+            print(f'{path} is skipped: {error}')
 
 
 def find_ingredients(root, towers, files=None, architectures=None, *, search=ATTACHED):
@@ -259,7 +259,7 @@ def checkpoints_in(path, tower):
     if not found:
         raise InputError(f'{path} holds no weights ({"; ".join(others) or "it is empty"}): give the folder that does.')
     if others:
-        print(f'{path}: passed over, since {"; ".join(others)}')
+        print(f'{path}: skipped, since {"; ".join(others)}')
     return found
 
 

@@ -99,11 +99,11 @@ def tally(passed):
 def say_passed(source, passed):
     """Prints what was skipped, if anything was."""
     if passed:
-        print(printable(f'{source}: passed over {tally(passed)}'))
+        print(printable(f'{source}: skipped {tally(passed)}'))
 
 
 def contents_of(folder, passed=()):
     """A folder, the first names in it and what walk_images skipped, for an error sentence."""
     _, folders, files = next(os.walk(folder), ('', [], ['unreadable' if os.path.isdir(folder) else 'no such folder']))
-    words = f', passed over {tally(passed)}' if passed else ''
+    words = f', skipped {tally(passed)}' if passed else ''
     return f'{folder} ({", ".join(sorted([*folders, *files])[:8]) or "empty"}){words}'

@@ -3,9 +3,9 @@
     python kaggle/hours.py
 
 Prints a markdown table. It counts the towers' operations (torch's own counter, on tensors without memory): one forward pass
-for an embedding, four for a training image. These four are forward, twice that backward, and forward again for recomputed
-activations (ViT-H/14 needs that on a T4, ViT-L/14 does not). Reading images, the head and saving are not counted. SHARE is
-the part of the published rate that a run reaches, by assumption, not by measurement.
+for an embedding; for a training image forward, twice that backward, and forward again where activations are recomputed, as
+a T4 needs for ViT-H/14. Reading images, the head and saving are not counted. SHARE is the part of the published rate that a
+run reaches, by assumption, not by measurement.
 """
 import sys
 from functools import lru_cache
@@ -19,6 +19,7 @@ RATES = {'T4': 65e12}  # floating point operations a second in fp16, NVIDIA's da
 SHARE = .3
 IMAGES = 285_752  # of the published H run, in one epoch
 TOWERS = {'train_vit_h_224': ('ViT-H-14', 224), 'train_vit_l_336': ('ViT-L-14', 336)}
+PASSES = {'ViT-H-14': 4, 'ViT-L-14': 3}
 GPUS = {'hours on one T4': RATES['T4'], 'on two': 2 * RATES['T4']}
 
 
@@ -30,7 +31,7 @@ def cost(model_name, image_size):
 
 def training_hours(model_name, image_size, rate):
     """Hours of one epoch, one ingredient."""
-    return IMAGES * 4 * cost(model_name, image_size)[0] / (SHARE * rate) / 3600
+    return IMAGES * PASSES[model_name] * cost(model_name, image_size)[0] / (SHARE * rate) / 3600
 
 
 def embedding_hours(model_name, image_size, rate, images=100_000):

@@ -414,7 +414,7 @@ def test_a_folder_of_ingredients_with_other_things_in_it_gives_what_are_weights(
     assert all(torch.equal(run['tower.proj'], clip.visual.proj) for run in runs)
     line, = capsys.readouterr().out.splitlines()
     assert line == (
-        f'{folder}: passed over, since .gitattributes is hidden; .ipynb_checkpoints is hidden; README.md is text; args.yaml '
+        f'{folder}: skipped, since .gitattributes is hidden; .ipynb_checkpoints is hidden; README.md is text; args.yaml '
         'is text; config.json is text; curve.png is no file of PyTorch weights; cut.pt is truncated; logs holds no weights; '
         'optimizer.pt holds no tensors of a tower or head; rng_state.pth holds no image tower')
     assert contents(folder) == before
@@ -445,9 +445,9 @@ def test_a_damaged_run_is_named_and_passed_over(tmp_path, capsys, damage):
         save_state(random_state(), tmp_path / name / 'model.safetensors')
     damage(tmp_path / 'h_a/model.safetensors')
     assert list_runs(tmp_path)['run'].tolist() == ['h_b']
-    assert f'{tmp_path}/h_a/model.safetensors is passed over: ' in capsys.readouterr().out
+    assert f'{tmp_path}/h_a/model.safetensors is skipped: ' in capsys.readouterr().out
     assert [run.name for run in find_ingredients(tmp_path, ['h'], search=())['h']] == ['h_b']
-    assert f'{tmp_path}/h_a is passed over: ' in capsys.readouterr().out
+    assert f'{tmp_path}/h_a is skipped: ' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('scores', ['', 'dim', 'a,b\n1,2\n', 'dim,mp5\n64,x\n', 'dim,mp5\n"64,'])

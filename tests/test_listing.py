@@ -59,7 +59,7 @@ def test_what_is_passed_over_is_counted_by_suffix(tmp_path, listing, name, said,
         assert found(listing, tmp_path / 'mine') == ['a/1.jpg', name] and not capsys.readouterr().out
     else:
         assert found(listing, tmp_path / 'mine') == ['a/1.jpg']
-        assert f': passed over {said}\n' in capsys.readouterr().out
+        assert f': skipped {said}\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('suffix', ['heic', 'HEIF'])
@@ -67,7 +67,7 @@ def test_a_missing_plugin_is_named(tmp_path, listing, suffix, capsys, monkeypatc
     monkeypatch.setattr('guie.listing.image_suffixes', lambda: {'jpg'})
     write_files(tmp_path / 'mine', ['a/1.jpg', f'b/1.{suffix}', f'b/2.{suffix}'])
     assert found(listing, tmp_path / 'mine') == ['a/1.jpg']
-    assert f'passed over .{suffix.lower()} 2 (needs pillow-heif)' in capsys.readouterr().out
+    assert f'skipped .{suffix.lower()} 2 (needs pillow-heif)' in capsys.readouterr().out
 
 
 def test_a_rare_suffix_is_counted_with_the_others_and_nothing_is_said_of_nothing(tmp_path, listing, capsys):
@@ -82,7 +82,7 @@ def test_a_rare_suffix_is_counted_with_the_others_and_nothing_is_said_of_nothing
 @pytest.mark.parametrize('names', [['b/1.svg', 'b/2.txt'], ['._1.jpg', 'a/1.eps'], ['a/1.xyz']])
 def test_nothing_but_what_is_passed_over_is_an_error_that_counts_it(tmp_path, listing, names):
     write_files(tmp_path / 'mine', names)
-    with pytest.raises((ValueError, FileNotFoundError), match='passed over|names an image that can be read here') as error:
+    with pytest.raises((ValueError, FileNotFoundError), match='skipped|names an image that can be read here') as error:
         listing(tmp_path / 'mine')
     assert '\n' not in str(error.value) and str(error.value).endswith('.')
 

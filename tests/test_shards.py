@@ -75,7 +75,7 @@ def test_each_image_has_the_vector_that_its_file_has(tars, train, tmp_path, caps
     assert names == [f'{tars}/images-{shard:03}.tar/some/{number:03}.jpg' for shard in range(5) for number in range(3)]
     assert vectors.dtype == np.float32 and np.allclose(vectors, embed(MODEL, train.head(15)), atol=1e-6)
     assert all(isinstance(part.vectors, np.memmap) for part in read_parts([folder]))
-    assert 'tar files: passed over .txt 15, .cls 15\n' in capsys.readouterr().out
+    assert 'tar files: skipped .txt 15, .cls 15\n' in capsys.readouterr().out
 
 
 def test_an_ensemble_sees_each_image_at_the_size_of_each_member(tars, train, tmp_path):
@@ -227,7 +227,7 @@ def test_names_are_those_in_the_tar_file_and_what_is_no_image_is_counted(tars, t
     folder = embed_shards(MODEL, [tars / 'images-000.tar'], tmp_path / 'kept')
     assert kept(folder)[0] == [f'{tars}/images-000.tar/{name}' for name in ('A.JPG', 'a.jpg', 'b._v.jpg')]
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ('passed over', '.jpg 1', 'without suffix 1', '.xyz 1', '.gz 1', 'links 1'))
+    assert all(part in printed for part in ('skipped', '.jpg 1', 'without suffix 1', '.xyz 1', '.gz 1', 'links 1'))
 
 
 def test_unreadable_images_have_no_vector_and_are_counted_with_a_reason(tars, train, tmp_path, capsys):
