@@ -307,8 +307,12 @@ def run_notebooks(jobs):
     os.environ['OMP_NUM_THREADS'] = given or str(threads)  # kernels inherit it
     try:
         with ThreadPoolExecutor(2) as pool:
-            for job in [pool.submit(run_notebook, *job) for job in jobs]:
-                job.result()
+            try:
+                for job in [pool.submit(run_notebook, *job) for job in jobs]:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what has not begun
+                raise
     finally:
         del os.environ['OMP_NUM_THREADS']
         os.environ.update({'OMP_NUM_THREADS': given} if given else {})

@@ -8,7 +8,7 @@ from guie.datasets import list_images
 from guie.distributed import processes_here
 from guie.errors import InputError
 from guie.estimate import device_in_words, forward_cost, in_words, matmul_rate, training_cost
-from guie.files import check_writable, did_you_mean, printable, scratch_folder, user_path
+from guie.files import KAGGLE, check_writable, did_you_mean, printable, scratch_folder, user_path
 from guie.recipes import follow_recipe, stage_folders
 from guie.resume import refuse_other_config
 from guie.soups import data_of, refuse_differences
@@ -33,30 +33,34 @@ def say_plan(splits, configs, folder, *, training=False, passes=1):
     runs are trained too. passes: how often each tower embeds all splits but the training images."""
     lines = [f'data:   {data_in_words(splits)}']
     searched, work = sum(len(frame) for name, frame in splits.items() if name != 'train'), 0
+    train = splits['train']
     for name, config in configs.items():
         cost, parameters = forward_cost(config)
         lines.append(f'tower:  {name}: {config.model_name} / {config.pretrained}, {config.image_size} px, '
                      f'{parameters / 1e6:.0f} million parameters')
-        work += passes * searched * cost + (training_cost(config, len(splits['train'])) if training else 0)
+        work += passes * searched * cost + (training_cost(config, len(train), train['label'].nunique()) if training else 0)
     rate = SHARE * processes_here() * matmul_rate(next(iter(configs.values())).precision)
     lines += [f'device: {device_in_words()}', f'time:   {in_words(work / rate)} for the towers', f'result: {folder}']
     print(*lines, sep='\n')
 
 
-def kaggle_limits(config, working='/kaggle/working'):
+def kaggle_limits(config, working=KAGGLE):
     """The configuration; on Kaggle with max_hours 8.5 if it has none, to end before the session does. Prints that."""
     if config.max_hours is not None or not Path(working).is_dir():
         return config
-    print(f'Kaggle ends a session after 9 hours: the run stops after {KAGGLE_HOURS}, everything saved (max_hours).')
+    print(f'Kaggle ends a session after 9 hours: the run stops {KAGGLE_HOURS} hours after this notebook began, everything '
+          f'saved (max_hours).')
     return replace(config, max_hours=KAGGLE_HOURS)
 
 
-def begin_run(config, tower, data, out_dir, *, run=None, recipe=None):
-    """(configuration after the recipe, splits, run folder) of a training notebook.
+def begin_run(config, tower, data, out_dir, *, run=None, recipe=None, overrides=None, **choices):
+    """(configuration, splits, run folder) of a training notebook.
+    overrides, choices: other values of the configuration, as Config.override takes them; then the recipe changes it.
     data: as data_sources takes it. The folder's name is `run`, or else the tower's, the augmentation, the recipe and the
     name of your own data. ValueError, before weights are loaded, if it holds a run of another configuration or other
     images, or a tracker that is not installed; OSError, before data are read, if out_dir cannot be written."""
-    config, sources = kaggle_limits(follow_recipe(config, recipe)), data_sources(data)
+    config, sources = config.override(overrides, **choices), data_sources(data)
+    config = kaggle_limits(follow_recipe(config, recipe, given=read_overrides(overrides)))
     run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
     chosen_trackers(config.tracker)
     for folder, stage in stage_folders(config, run_dir):

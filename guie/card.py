@@ -69,13 +69,6 @@ def hub_name(checkpoint):
     return '/'.join(named.strip('/').split('/')[:2]) if named else None
 
 
-def data_sets(checkpoint):
-    """The names of the data sets in a run's line of data that the Hub takes as names."""
-    line = recorded(checkpoint, 'data') or ''
-    names = re.findall(r'[\d,]+ (\S+?)(?=, [\d,]+ |\), hash )', line.partition('(')[2])
-    return [name for name in dict.fromkeys(names) if re.fullmatch(r'[A-Za-z\d][\w.-]*(/[\w.-]+)?', name)]
-
-
 def score_rows(checkpoint):
     """[(images, mP@5, low, high, queries, objects)] of queries.csv: all of them, then each domain if there are several."""
     place = place_of(checkpoint)
@@ -141,8 +134,7 @@ def front_matter(checkpoint, name, library, licence, parts):
     parts: the Checkpoints that hold towers, of an ensemble its members."""
     facts = {'library_name': library, 'pipeline_tag': 'image-feature-extraction', 'license': licence or 'unknown',
              'tags': ['image-retrieval', 'image-feature-extraction', 'arcface'],
-             'base_model': list(dict.fromkeys(filter(None, map(hub_name, parts)))),
-             'datasets': list(dict.fromkeys(name for part in [checkpoint, *parts] for name in data_sets(part)))}
+             'base_model': list(dict.fromkeys(filter(None, map(hub_name, parts))))}
     results = [{'task': {'type': 'image-retrieval', 'name': 'Retrieval of objects that were not trained on'},
                 'dataset': {'type': printable(images), 'name': printable(images)},
                 'metrics': [{'type': 'mP@5', 'name': 'mP@5', 'value': round(mean, 6)}]}

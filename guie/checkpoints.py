@@ -195,6 +195,8 @@ def find_ingredients(root, towers, files=None, architectures=None, *, search=ATT
     architectures: {tower: Config's fields for its files}; None: those of the 4th place."""
     towers = [towers] if isinstance(towers := literal(towers, list, tuple), str) else towers
     files, architectures = literal(files, dict), literal(architectures, dict)
+    if not towers and not files:
+        raise InputError("TOWERS is empty; give the beginning of the ingredients' names, for example ['vit_h_224'].")
     if files:
         found = {tower: bare_checkpoints(tower, paths, (architectures or PUBLISHED['place4']).get(tower))
                  for tower, paths in files.items()}

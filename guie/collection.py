@@ -246,10 +246,10 @@ def with_states(frame):
     return frame.assign(**dict(zip(['size', 'mtime'], np.array([*map(state_of, frame['path'])], np.int64).reshape(-1, 2).T)))
 
 
-def missing(frame, model, folders, kind='vectors'):
+def missing(frame, model, folders):
     """Those of some images, with their states, that the folders do not hold for this model."""
     frame = with_states(frame)
-    *_, places = look_up(frame, [folder / f'{kind}-{hash_of(model)}' for folder in folders])
+    *_, places = look_up(frame, [folder / f'vectors-{hash_of(model)}' for folder in folders])
     return frame[(places < 0) & (frame['size'] >= 0)]
 
 

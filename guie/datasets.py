@@ -88,6 +88,11 @@ DATASETS = {  # domains are named as the GUIE 130k set names its eleven folders
 }
 
 
+def known_name(name):
+    """The name of a known data set or benchmark as tables have it: 'Products 10K' is 'products-10k'."""
+    return str(name).lower().replace(' ', '-').replace('_', '-')
+
+
 @any_names
 def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
     """Every labelled image of a data set: DataFrame of str columns `path` (absolute), `label`, `domain`.
@@ -98,7 +103,7 @@ def read_dataset(name_or_path, root=None, *, search=ATTACHED, download=False):
     Files that walk_images does not list are skipped, and counted in a printed line. FileNotFoundError: another layout.
     ValueError: a label file that cannot be used."""
     name_or_path, root = user_path(name_or_path), root and user_path(root)
-    name, path = str(name_or_path).lower().replace(' ', '-').replace('_', '-'), os.path.abspath(name_or_path)
+    name, path = known_name(name_or_path), os.path.abspath(name_or_path)
     if name in DATASETS:
         layout = DATASETS[name]
         places = [os.path.abspath(place) for place in ([root] if root else search)]

@@ -31,6 +31,7 @@ def best_device():
     """This process's GPU, or the CPU. RuntimeError for a GPU that this PyTorch was not built for."""
     if not torch.cuda.is_available():
         return torch.device('cpu')
+    rank_and_world_size()  # makes its GPU PyTorch's own: the first one, else, would hold a context of every process
     try:
         torch.ones(1, device='cuda').add_(1)
     except RuntimeError as error:

@@ -60,11 +60,13 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     batches = progress_bar(batches_of(dataset, reading, pixels), desc, total=len(reading), leave=False,
                            disable=rank > 0 or len(dataset) == 1)
     half = torch.autocast('cuda', enabled=device.type == 'cuda', dtype=torch.float16)
-    with torch.inference_mode(), half, readable_loading(desc):
-        vectors = torch.cat([model(images.to(device)).float() for images in batches])
-    model.to(home)
-    if home.type == 'cpu':
-        torch.cuda.empty_cache()  # frees the GPU for processes that the notebook launches
+    try:
+        with torch.inference_mode(), half, readable_loading(desc):
+            vectors = torch.cat([model(images.to(device)).float() for images in batches])
+    finally:
+        model.to(home)
+        if home.type == 'cpu':
+            torch.cuda.empty_cache()  # frees the GPU for processes that the notebook launches
     bad = dataset.unreadable
     if processes > 1:  # (processes · each, dim) by rank -> by row
         vectors = gather(vectors).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[:len(dataset)]
@@ -184,13 +186,13 @@ def save_vectors(file, vectors, paths, key, unreadable=()):
 
 
 def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known=None, unreadable=None,
-              pixels=None):
+              pixels=None, **limits):
     """Vectors of several splits, on all GPUs, cached in `folder` if given: {name: float32 (n, dim)}.
-    known: a folder that may hold them already, such as an attached run's; it is only read. unreadable and pixels as in
-    embed."""
+    known: a folder that may hold them already, such as an attached run's; it is only read. unreadable, pixels and limits
+    (workers, max_unreadable) as in embed."""
     if isinstance(model, Ensemble):
         parts = [embed_all(member, splits, of_member(folder, number), names, of_member(known, number), unreadable,
-                           pixels)
+                           pixels, **limits)
                  for number, member in enumerate(model.members, start=1)]
         return {name: joined(model, [part[name] for part in parts]) for name in names}
     processes, images = processes_here(), {name: splits[name] for name in names if len(splits[name])}
@@ -198,7 +200,7 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
     with tempfile.TemporaryDirectory() as job:
         home = folder or (job if launched else None)
         files = {name: {'cache': home and str(Path(home, f'{name}.npz')),
-                        'known': [str(Path(known, f'{name}.npz'))] if known else []} for name in names}
+                        'known': [str(Path(known, f'{name}.npz'))] if known else [], **limits} for name in names}
         if launched:
             key = vectors_hash(model)
             images = {name: frame for name, frame in images.items() if all(
@@ -209,13 +211,14 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
             Splits(images).save(Path(job) / 'splits.csv')
             Path(job, 'files.json').write_text(json.dumps({name: files[name] for name in images}))
             launch('guie.embedding', job, processes, stops=False)
-        return {name: embed(model, splits[name], desc=name, unreadable=unreadable, pixels=pixels, **files[name])
-                for name in names}
+        return {name: embed(model, splits[name], desc=f'embedding {name}', unreadable=unreadable, pixels=pixels,
+                            **files[name]) for name in names}
 
 
-def selection_score(model, splits, pixels=None):
-    """mP@5 of a model at its own width on the selection split. pixels: as in embed."""
-    return selection_mp5({name: embed(model, splits[name], desc=name, pixels=pixels) for name in SELECTION}, splits)
+def selection_score(model, splits, **options):
+    """mP@5 of a model at its own width on the selection split. options: pixels and workers, as in embed."""
+    return selection_mp5({name: embed(model, splits[name], desc=f'embedding {name}', **options) for name in SELECTION},
+                         splits)
 
 
 def main(folder):
@@ -224,7 +227,7 @@ def main(folder):
     projected = open_checkpoint(folder).projection is not None
     model, splits = load_run(folder, dim=64 if projected else None), Splits.load(Path(folder) / 'splits.csv')
     for name, files in json.loads(Path(folder, 'files.json').read_text()).items():
-        embed(model, splits[name], desc=name, unreadable=[], **files)  # they are named by who finds the vectors
+        embed(model, splits[name], desc=f'embedding {name}', unreadable=[], **files)  # embed_all names them
 
 
 if __name__ == '__main__':

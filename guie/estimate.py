@@ -5,7 +5,9 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from guie.distributed import autocast_dtype, best_device
+from guie.distributed import autocast_dtype, best_device, processes_here
+from guie.memory import fitted
+from guie.model import Embedder, SubcenterHead
 from guie.towers import tower_without_values
 
 
@@ -34,12 +36,20 @@ def matmul_rate(precision='auto', side=1024, seconds=.2):
     return 2 * side ** 3 / best
 
 
-def training_cost(config, images):
+def recomputes(config, classes):
+    """Whether training on so many classes recomputes activations on this machine's GPU, as `fitted` decides it."""
+    with torch.device('meta'):
+        tower = tower_without_values(config)
+        head = SubcenterHead(tower.spec.width, classes, dim=config.embedding_dim, subcenters=config.subcenters)
+    return fitted(config, Embedder(tower, head), processes_here()).checkpoint_activations
+
+
+def training_cost(config, images, classes):
     """Floating point operations of all stages of a run: once forward, twice that backward, once more if recomputed; for a
     cached head one pass over the images, or two with mirrored ones."""
     total = 0
     for stage in config.each_stage():
-        passes = stage.epochs * (1 if stage.trains == 'head' else 4 if stage.checkpoint_activations else 3)
+        passes = stage.epochs * (1 if stage.trains == 'head' else 4 if recomputes(stage, classes) else 3)
         if stage.trains == 'cached head':
             passes = 2 if stage.augmentation == 'flip' else 1
         total += images * passes * forward_cost(stage)[0]

@@ -8,10 +8,12 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from guie.errors import FileError, OneSentence
 
 ATTACHED = ('/kaggle/input',)  # where Kaggle, and kagglehub in Colab, mount attached inputs
+KAGGLE = '/kaggle/working'  # is there on Kaggle alone
 
 
 def user_path(path):
@@ -98,7 +101,8 @@ def short_name(name, most):
 
 
 def attached_folders(places=ATTACHED, depth=6):
-    """Yields the places and the folders up to `depth` levels below them as str, level by level, each sorted."""
+    """Yields the places and the folders up to `depth` levels below them as str, level by level, each sorted. Of a level only
+    2,000 folders are opened: images may lie in millions of them."""
     level = [os.path.abspath(user_path(place)) for place in places]
     for _ in range(depth + 1):
         yield from level
@@ -106,7 +110,13 @@ def attached_folders(places=ATTACHED, depth=6):
                  for name in sorted(next(os.walk(folder), ((), ()))[1])]
 
 
-def scratch_folder(out_dir, working='/kaggle/working', scratch='/tmp'):
+def session_start(working=KAGGLE):
+    """The time from which a run's hours count, in seconds: on Kaggle, which ends the whole session, that of the notebook's
+    beginning; elsewhere now."""
+    return psutil.Process().create_time() if Path(working).is_dir() else time.time()
+
+
+def scratch_folder(out_dir, working=KAGGLE, scratch='/tmp'):
     """The folder for what a notebook compares but does not keep -> Path. On Kaggle it is /tmp/<name of out_dir>, since all
     of /kaggle/working (about 20 GB) becomes the version's output; elsewhere it is out_dir."""
     out_dir = user_path(out_dir)
@@ -123,7 +133,7 @@ def check_writable(folder):
         raise FileError(f'{folder} cannot be written ({reason_of(error)}): choose another OUT_DIR.') from error
 
 
-def copy_to_kaggle_output(path, folder='/kaggle/working'):
+def copy_to_kaggle_output(path, folder=KAGGLE):
     """On Kaggle, copies a submission to <folder>/submission.zip, where the competition looks for it."""
     path, target = user_path(path), Path(folder, 'submission.zip')
     if not target.parent.is_dir() or target.exists() and target.samefile(path):

@@ -163,10 +163,12 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
         resize(model, config.image_size, config.overlap)
         tower = Embedder(model.tower)
         names = ['train', *(SELECTION if config.validate_every else ())]
-        vectors = embed_all(tower, splits, run_dir / 'tower', names, unreadable=(bad := []))
+        limits = {'workers': config.workers, 'max_unreadable': max(config.max_unreadable, len(train) // 100)}
+        vectors = embed_all(tower, splits, run_dir / 'tower', names, unreadable=(bad := []), **limits)
         seen, labels = vectors['train'], train['label'].to_numpy()
         if config.augmentation == 'flip':
-            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower/mirrored.npz', desc='mirrored', unreadable=bad)
+            mirrored = embed(Mirrored(tower), train, cache=run_dir / 'tower/mirrored.npz', desc='mirrored', unreadable=bad,
+                             **limits)
             seen, labels = np.concatenate([seen, mirrored]), np.tile(labels, 2)
         if bad:
             print(f'{len(bad)} images could not be read, first {printable(bad[0])}; the head is not trained on them.')

@@ -33,8 +33,8 @@ def plot_similarities(splits, models, *, pairs=200_000, seed=5):
     for axis, (title, (same, different)) in zip(axes[:, 0], found.items()):
         for values, words, colour in ((different, 'different objects', 'tab:red'), (same, 'the same object', 'tab:green')):
             axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=colour, alpha=.55, label=words)
-        write(axis, .5, 1.04, f'{shortened(title, 32)}: the same object is more alike in '
-                              f'{area_under_curve(same, different):.1%} of cases', va='bottom')
+        write(axis, .5, 1.04, f'{shortened(title, 32)}: a pair of the same object is more alike than another '
+                              f'{area_under_curve(same, different):.1%} of the time', va='bottom', fontsize=9)
         axis.set(ylabel='share of pairs', yticks=[])
     axes[0, 0].legend(frameon=False)
     axes[-1, 0].set_xlabel('cosine similarity')

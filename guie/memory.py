@@ -153,6 +153,8 @@ def fitted(config, model, processes):
     recomputed. GPU: the largest batch that fits so; if that is below 8, the largest that fits with activations recomputed. A
     tenth of the memory is left for gaps between tensors."""
     sizes = [size for size in range(max(1, config.effective_batch // processes), 0, -1) if not config.effective_batch % size]
+    if config.head_norm:  # which compares the images of a batch
+        sizes = [size for size in sizes if size > 1] or sizes
     sizes = [config.batch_size] if config.batch_size else sizes
     recompute = [False, True] if config.checkpoint_activations is None else [config.checkpoint_activations]
     if not torch.cuda.device_count():

@@ -145,9 +145,10 @@ def plot_basin(ingredients, bases, embedders):
         draw_cosines(axis, table, tower)
     for tower, runs in pairs.items():
         line = interpolation_scores(*runs, embedders[tower].score)
-        axes[0, -1].plot(line['alpha'], line['score'], '.-', label=in_figure(tower))
+        first, second = (run.name.removeprefix(f'{tower}_') for run in runs)
+        axes[0, -1].plot(line['alpha'], line['score'], '.-', label=in_figure(f'{tower}: {first} to {second}', 30))
         axes[0, -1].legend(frameon=False)
-        axes[0, -1].set(xlabel='from the first ingredient (0) to the second (1)', ylabel=SELECTION)
+        axes[0, -1].set(xlabel='between two ingredients', ylabel=SELECTION)
 
 
 def draw_cosines(axis, table, tower):

@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from guie.checkpoints import load_run
+from guie.datasets import known_name
 from guie.embedding import embed_all
 from guie.errors import InputError
 from guie.files import did_you_mean, user_path, whole_file
@@ -72,7 +73,7 @@ def evaluate_benchmark(name, model, root, *, folder=None):
     interval over the queries' classes (see scores.intervals). Neighbours are exact. Unreadable images count as black ones,
     as in embed; an incomplete copy of the set is printed. MissingError: the set is not there, or has another layout.
     InputError: an unknown name, or a file that cannot be used."""
-    key = str(name).lower().replace(' ', '-').replace('_', '-')
+    key = known_name(name)
     if key not in PROTOCOLS:
         raise InputError(f'{name} is no known benchmark; there are {", ".join(PROTOCOLS)}.{did_you_mean(key, PROTOCOLS)}')
     benchmark = read_test_set(key, root)

@@ -1,13 +1,12 @@
 """Recipes: what the other places and papers changed, as fields of Config; training stage by stage, on one GPU or several."""
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from guie.checkpoints import load_run, open_checkpoint
 from guie.distributed import launch, processes_here
 from guie.errors import InputError
-from guie.files import ATTACHED, attached_folders, did_you_mean, user_path
+from guie.files import ATTACHED, attached_folders, did_you_mean, session_start, user_path
 from guie.heads import train_head
 from guie.model import whole_patches
 from guie.resume import is_same_run, refuse_other_config, run_lock
@@ -58,12 +57,20 @@ RECIPES = {  # what each changes in a configuration; places are those of the cha
     'frozen-head': lambda config: FROZEN_HEAD | {'subcenters': 1, 'epochs': 20 * config.epochs},
 }
 
+MULTIPLIED = ('epochs', 'image_size')
 
-def follow_recipe(config, recipe):
-    """The configuration with the changes of one of RECIPES; None changes nothing."""
+
+def follow_recipe(config, recipe, given=()):
+    """The configuration with the changes of one of RECIPES; None changes nothing. given: names of fields that were set by
+    hand. InputError if the recipe sets one of them itself, whatever it was; epochs and image_size it multiplies."""
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f'There is no recipe {recipe!r}; choose {", ".join(RECIPES)}.{did_you_mean(recipe, RECIPES)}')
-    return config if recipe is None else replace(config, **RECIPES[recipe](config))
+    changes = RECIPES[recipe](config) if recipe else {}
+    stages = changes.get('stages', ())
+    for name in given:
+        if name not in MULTIPLIED and (name in changes or stages and all(name in stage for stage in stages)):
+            raise InputError(f'The recipe {recipe!r} sets {name} itself: leave it out of OVERRIDES, or take another RECIPE.')
+    return replace(config, **changes)
 
 
 def stage_folders(config, run_dir):
@@ -81,7 +88,7 @@ def train(config, splits, run_dir, *, processes=None, search=ATTACHED):
     Errors as in training.fit; ValueError, before a stage begins, if one of the folders holds a run of another configuration
     or other images; RuntimeError for processes that could not start or were killed."""
     run_dir, data = user_path(run_dir), describe(splits['train'])
-    options = {'started': time.time(), 'search': list(search), 'epoch': 0, 'weights': None}
+    options = {'started': session_start(), 'search': list(search), 'epoch': 0, 'weights': None}
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
     refuse_other_data(run_dir, data)

@@ -148,8 +148,13 @@ def shared_queries(first, second):
 
 
 def interval_of(checkpoint):
-    """Ends of the 95 % interval of a run's mP@5 over the objects of queries.csv; NaN without that file."""
+    """Ends of the 95 % interval of a run's mP@5 over the objects of queries.csv; NaN without that file, or if it is damaged,
+    which is printed."""
     if not (place_of(checkpoint) / 'queries.csv').is_file():
         return math.nan, math.nan
-    queries = read_queries(place_of(checkpoint))
+    try:
+        queries = read_queries(place_of(checkpoint))
+    except InputError as error:
+        print(error)
+        return math.nan, math.nan
     return intervals([queries['precision']], queries['label'])[0]

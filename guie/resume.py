@@ -20,7 +20,7 @@ from torch import nn
 from guie.config import Config, different_fields
 from guie.distributed import any_process
 from guie.errors import FileError, InputError, ProcessError
-from guie.files import ATTACHED, attached_folders, reason_of, write_text
+from guie.files import ATTACHED, attached_folders, reason_of, whole_file, write_text
 from guie.splits import other_images, refuse_other_data, trained_on
 
 BEST = 'best.safetensors'  # of a run under way; a finished one has model.safetensors
@@ -275,7 +275,8 @@ def copy_attached_state(run_dir, config, data, search=ATTACHED):
         try:
             for name in ('config.json', 'log.csv', BEST, 'model.safetensors', 'unreadable.txt', 'not_finite.txt'):
                 if (run / name).exists():
-                    shutil.copyfile(run / name, run_dir / name)
+                    with whole_file(run_dir / name) as beside:
+                        shutil.copyfile(run / name, beside)
             shutil.rmtree(folder / 'unfinished', ignore_errors=True)
             shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
             (folder / 'unfinished').replace(folder / state.name)

@@ -95,7 +95,7 @@ class Search:
     def text(self, words, k=5, *, draw=True):
         """The k images that a text describes best, as `like` returns and shows them; for the run of an open_clip model.
         Texts are compared with the vectors of the tower alone where a head was trained; the first text embeds these. It also
-        prints how well texts find images here: recall@5 of the labels. ValueError: a model without a text half."""
+        prints how well texts find images here: recall@5 of their labels. ValueError: a model without a text half."""
         k = whole_number(k)
         if not isinstance(words, str) or not words.strip():
             raise InputError(f'The text to search for is {words!r}: give some words, such as \'a red bag\'.')
@@ -276,8 +276,8 @@ def text_recall(texts):
     _, rows = nearest_neighbours(encoded(texts, words), vectors, near)
     recall = (files['label'].to_numpy()[rows] == chosen.index.to_numpy()[:, None]).any(1).mean()
     missed = np.prod([(len(files) - chosen - i).clip(lower=0) / (len(files) - i) for i in range(near)], axis=0)
-    return (f'Texts find these images with recall@5 {recall:.3f} ({1 - missed.mean():.3f} by chance): the share of '
-            f'{len(chosen):,} labels, each searched for as a text, that one of the five nearest images has.')
+    return (f'Search by text finds an image with the right label among its first five for {recall:.1%} of {len(chosen):,} '
+            f'labels ({1 - missed.mean():.1%} by chance).')
 
 
 # Figures

@@ -11,7 +11,7 @@ import torch
 
 from guie.checkpoints import Checkpoint, base_state, load_run, open_checkpoint, save_state
 from guie.config import Config
-from guie.embedding import embed_all, save_vectors, vectors_hash
+from guie.embedding import embed_all, name_unreadable, save_vectors, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5
@@ -268,14 +268,17 @@ class StateEmbedder:
     def vectors(self, state, names, folder=None):
         """embed_all of a state or a run's folder: {name: float32 (n, dim)}, kept under `folder` if given."""
         state = state if isinstance(state, dict) else open_checkpoint(state)
-        known = self.known.setdefault(self.load(state), {})
+        known, bad = self.known.setdefault(self.load(state), ({}, []))
         beside = Path(state.path).parent / 'vectors' if isinstance(state, Checkpoint) else None
         if folder:
             for name in set(names) & set(known):
                 save_vectors(Path(folder) / f'{name}.npz', known[name], np.array(self.splits[name]['path'].tolist(), str),
-                             vectors_hash(self.model))
+                             vectors_hash(self.model), [path for path in bad if path in {*self.splits[name]['path']}])
         if missing := [name for name in names if name not in known]:
-            known |= embed_all(self.model, self.splits, folder, missing, beside, pixels=self.pixels)
+            found = []
+            known |= embed_all(self.model, self.splits, folder, missing, beside, unreadable=found, pixels=self.pixels)
+            name_unreadable(found)
+            bad += found
         return {name: known[name] for name in names}
 
     def score(self, state):

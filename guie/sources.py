@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from guie.datasets import DATASETS, check_one_each, read_dataset
+from guie.datasets import DATASETS, check_one_each, known_name, read_dataset
 from guie.errors import InputError
 from guie.files import did_you_mean, literal, user_path
 from guie.images import image_suffixes
@@ -86,7 +86,7 @@ def parts_of(source):
     ValueError, with the likely right folder, for one that can hardly be meant: images without class folders, train/ and val/
     among other folders, or one level too high."""
     folder = os.path.abspath(user_path(source))
-    if not os.path.isdir(folder) or str(source).lower().replace(' ', '-').replace('_', '-') in DATASETS:
+    if not os.path.isdir(folder) or known_name(source) in DATASETS:
         return [source]
     inside = image_folders(folder)
     parts = [name for name in inside if name.lower() in PARTS]

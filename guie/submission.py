@@ -24,7 +24,7 @@ from torchvision.transforms import PILToTensor
 
 from guie.checkpoints import load_run
 from guie.errors import FileError, InputError, MissingError
-from guie.files import copy_to_kaggle_output, progress_bar, reason_of, user_path, whole_file
+from guie.files import copy_to_kaggle_output, printable, progress_bar, reason_of, user_path, whole_file
 from guie.images import ImageDataset
 from guie.model import Embedder, Ensemble, resized, whole_patches
 from guie.projection import MAX_DIM, project
@@ -249,7 +249,7 @@ def note_left_out(unreadable, *tables):
             first = f', first {min(paths)}' if len(paths) else ''
             raise FileError(f'None of {len({*paths})} images can be read{first}: check the data folder.')
     if unreadable:
-        print(f'{len(unreadable)} images could not be read and were left out, first {unreadable[0]}')
+        print(printable(f'{len(unreadable)} images could not be read and were left out, first {unreadable[0]}'))
 
 
 def load_submission(zip_path):

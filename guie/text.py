@@ -50,6 +50,7 @@ def load_text_tower(model_name, pretrained=''):
     """Returns encode(texts, batch_size=256) -> float32 (n, d), the text half of the model that load_image_tower loads.
     Not normalised. Words that a small vocabulary lacks are printed once a call."""
     model = load_open_clip(model_name, pretrained).eval()
+    model.visual = None  # the other half, which would take memory
     config = Path(model_name.removeprefix('local-dir:'), 'open_clip_config.json')
     words = json.loads(config.read_text()).get('words') if model_name.startswith('local-dir:') else None
     try:
@@ -66,8 +67,8 @@ def load_text_tower(model_name, pretrained=''):
         vectors = [model.encode_text(batch.to(best_device())).float().cpu() for batch in bar]
         if getattr(tokenizer, 'unknown', None):
             count = len(tokenizer.unknown)
-            print(f'{count} {"word is" if count == 1 else "words are"} unknown to {model_name}: '
-                  f'{", ".join(word for word, _ in tokenizer.unknown.most_common(8))}, …')
+            print(f'{count} {"word is" if count == 1 else "words are"} not in the vocabulary of {model_name}: '
+                  f'{", ".join(word for word, _ in tokenizer.unknown.most_common(8))}{", …" * (count > 8)}')
             tokenizer.unknown.clear()
         return torch.cat(vectors).numpy()
 

@@ -35,11 +35,10 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
     model: Embedder with a SubcenterHead of as many classes as `train` (DataFrame path, label) has; trained in place.
     run_dir: resumed from the state in it, or from one that a run of the same name and configuration left below a folder of
     `search`. validate: model -> mP@5 on selection data, called every config.validate_every steps and at the end; the run
-    then keeps the best weights, else the last ones. epoch: number of the first. started: the time from which
-    config.max_hours count; None is now. Writes model.safetensors, config.json, log.csv, state/, and if needed
-    unreadable.txt, not_finite.txt, guie/ (TensorBoard's). Stopped: config.max_hours are over, or it was interrupted.
-    ValueError: data and head disagree, or a tracker is not installed. FloatingPointError: the loss stays NaN. OSError: too
-    many unreadable images, or a disk that refuses."""
+    then keeps the best weights, else the last ones. epoch: number of the first. started: from when config.max_hours count;
+    None is now. Writes model.safetensors, config.json, log.csv, state/, and if needed unreadable.txt, not_finite.txt, guie/
+    (TensorBoard's). Stopped: config.max_hours are over, or it was interrupted. ValueError: data and head disagree, or an
+    unknown tracker. FloatingPointError: the loss stays NaN. OSError: too many unreadable images, or a disk that refuses."""
     started = started or time.time()
     labels, targets, counts = np.unique(train['label'], return_inverse=True, return_counts=True)
     if model.head is None or len(model.head.centers) != len(labels) * model.head.subcenters:
@@ -48,12 +47,10 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
                               log_with=chosen_trackers(config.tracker), project_dir=user_path(run_dir),
                               kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     config = fitted(config, model, accelerator.num_processes)
-    batch, accumulate = step_of(config, len(train), accelerator.num_processes)
-    images = batch * accelerator.num_processes * accumulate  # of one step
+    batch, accumulate, images = step_of(config, len(train), accelerator.num_processes)
     steps = config.epochs * (len(train) // images)
-    if len(train) < config.effective_batch:
-        accelerator.print(f'{len(train)} images do not fill a step of {config.effective_batch} (effective_batch): it takes '
-                          f'{images} of them.')
+    if images != config.effective_batch:
+        accelerator.print(short_step(config, len(train), batch, images))
     dataset = ImageDataset(train, model.spec.image_size, config.augmentation, seed=config.seed, targets=targets,
                            replace=True, max_unreadable=config.max_unreadable)
     progress = Progress(epoch=epoch, data=describe(train))
@@ -70,9 +67,12 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
         with trackers(run, steps), progress_bar(total=steps, initial=progress.step, desc=run.folder.name,
                                                 disable=not run.main) as bar:
             while progress.step < steps:
+                if len(train) - progress.used < images:  # resumed with larger steps
+                    progress.epoch, progress.used = progress.epoch + 1, 0
                 batches = loader(dataset, batch, train=True, epoch=progress.epoch, start=progress.used,
                                  rank=accelerator.process_index, processes=accelerator.num_processes, workers=config.workers)
                 for batches_of_step in zip(*[iter(batches)] * accumulate):  # so many batches at a time
+                    rate = run.schedule.get_last_lr()[-1]
                     loss, moved = optimiser_step(run, batches_of_step, margins + config.margin_growth * progress.epoch)
                     if moved:
                         run.schedule.step()
@@ -85,7 +85,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
                     bar.set_postfix(loss=f'{loss:.3f}')
                     score = score_when_due(run, validate, steps)
                     if run.main:
-                        track(run, log.add(progress.step, loss, run.schedule.get_last_lr()[-1], images, score))
+                        track(run, log.add(progress.step, loss, rate, images, score))
                     save_when_due(run, dataset, steps, started, bool(pressed))
         finish(run, validate, write_unreadable(run, gather_object(dataset.unreadable)))
         if run.saved[0] < progress.step:
@@ -93,11 +93,21 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
 
 
 def step_of(config, images, processes):
-    """(images of a batch on each device, batches of a step): as in config, or fewer if there are too few images."""
+    """(images of a batch on each device, batches of a step, images of a step on all devices): as in config, or fewer if
+    there are too few images, or if the devices do not make a whole step of it."""
     if images < processes:
         raise InputError(f'{images} images cannot be shared by {processes} processes: take more images or fewer GPUs.')
-    batch = min(config.batch_size, images // processes)
-    return batch, max(1, min(config.effective_batch, images) // (batch * processes))
+    batch = min(config.batch_size, images // processes, max(1, config.effective_batch // processes))
+    accumulate = max(1, min(config.effective_batch, images) // (batch * processes))
+    return batch, accumulate, batch * processes * accumulate
+
+
+def short_step(config, images, batch, taken):
+    """A sentence: why a step takes other than config.effective_batch images."""
+    if images < config.effective_batch:
+        return f'{images} images do not fill a step of {config.effective_batch} (effective_batch): it takes {taken} of them.'
+    return (f'A step takes {taken} images, not {config.effective_batch} (effective_batch), since each process takes {batch} '
+            f'at a time: set effective_batch to a multiple of that by the number of GPUs.')
 
 
 def prepare(accelerator, config, model, run_dir, progress, steps):
@@ -236,7 +246,7 @@ def finish(run, validate, unreadable):
 
 @contextmanager
 def readable_errors(run, dataset):
-    """Turns errors of data loading and of a full GPU into one sentence; unreadable images are listed however the run ends.
+    """Turns errors of data loading and of a full GPU into one sentence, and lists the unreadable images where they end it.
     A killed process is noticed at any moment, also in the middle of a step, so no state is saved then."""
     name = run.folder.name
     try:
@@ -275,11 +285,15 @@ def write_job(config, splits, run_dir, **options):
 
 
 def run_job(config, splits, run_dir, *, weights=None, **options):
-    """fit from the pretrained tower and a new head, or from the checkpoint `weights`; options are fit's."""
+    """fit from the pretrained tower and a new head, or from the checkpoint `weights`; options are fit's. ValueError for a
+    configuration of several stages or of a cached head, which utilities.train trains."""
+    if config.stages or config.trains == 'cached head':
+        raise InputError('This configuration has stages, or a head on cached vectors: train it by utilities.train, which '
+                         'starts the processes itself.')
     model = load_run(weights, dim=None) if weights else new_model(config, splits['train']['label'].nunique())
     resize(model, config.image_size, config.overlap)
-    validate = partial(selection_score, splits=splits, pixels={}) if config.validate_every else None
-    fit(config, model, splits['train'], run_dir, validate, **options)
+    validate = partial(selection_score, splits=splits, pixels={}, workers=config.workers)
+    fit(config, model, splits['train'], run_dir, validate if config.validate_every else None, **options)
 
 
 def main(run_dir):

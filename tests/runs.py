@@ -140,5 +140,5 @@ def check_half(seen, run):
     assert seen['moved'].equals(seen['says']) and seen['loss'].notna().all()
     assert 1 <= seen['moved'].argmax() <= 5 and seen['moved'].iloc[-3:].all()  # skipped until the scale fits
     assert seen['scale'].tolist() == (2. ** (17 - (~seen['moved']).cumsum())).tolist()
-    lr = pd.read_csv(run / 'log.csv')['lr']  # the rate that the next step takes
-    assert (lr.diff().iloc[1:] != 0).tolist() == seen['moved'].iloc[1:].tolist()
+    lr = pd.read_csv(run / 'log.csv')['lr']
+    assert (lr.diff().iloc[1:] != 0).tolist() == seen['moved'].iloc[:-1].tolist()

@@ -39,6 +39,19 @@ def test_a_run_is_named_after_what_it_is_made_of(pets, tmp_path, capsys, given, 
     assert re.search(r'device: CPU, \d+ cores, no GPU\ntime:   about [\d.]+ (s|min) for the towers\n', said)
 
 
+def test_overrides_and_choices_change_a_run_but_not_what_its_recipe_sets(pets, tmp_path):
+    config, _, folder = begin_run(CONFIG, 'vit_h_224', str(pets), tmp_path, recipe='frozen-head', augmentation='flip',
+                                  seed=9, overrides="{'epochs': 2, 'max_grad_norm': 3}")
+    assert (config.augmentation, config.seed, config.max_grad_norm, config.epochs) == ('flip', 9, 3, 40)
+    assert folder.name == 'vit_h_224_flip_frozen-head_pets'
+    for recipe, name in (('frozen-head', 'head_lr'), ('lp-ft', 'scale'), ('direct-64', 'embedding_dim')):
+        with pytest.raises(ValueError, match=f"recipe '{recipe}' sets {name} itself: leave it out of OVERRIDES") as error:
+            begin_run(CONFIG, 'vit_h_224', '/no/such/data', tmp_path, recipe=recipe, overrides={name: 32})
+        assert is_one_sentence(error)
+    kept = begin_run(CONFIG, 'vit_h_224', str(pets), tmp_path, recipe='overlap', overrides={'overlap': .25})[0]
+    assert [stage.overlap for stage in kept.each_stage()] == [.25, .5]  # the recipe sets that of its second stage alone
+
+
 @pytest.mark.parametrize('recipe, folder, file', [
     (None, 'run', 'state/step-00000001/position.json'), (None, 'run', 'model.safetensors'),
     ('lp-ft', 'run', 'model.safetensors'), ('lp-ft', 'run/run-stage-1', 'stage.safetensors')])
@@ -122,7 +135,8 @@ def test_on_kaggle_a_run_stops_before_the_session_does_and_says_so(tmp_path, cap
         working.mkdir()
     config = kaggle_limits(CONFIG.replace({'max_hours': given}), working)
     assert config == CONFIG.replace({'max_hours': expected})
-    assert ('the run stops after 8.5, everything saved (max_hours).' in capsys.readouterr().out) == (expected == 8.5)
+    assert ('the run stops 8.5 hours after this notebook began, everything saved (max_hours).'
+            in capsys.readouterr().out) == (expected == 8.5)
 
 
 def test_a_run_begins_within_kaggles_limits(pets, tmp_path, monkeypatch):

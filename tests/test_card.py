@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from runs import CONFIG, new_model
 
-from guie.card import NONE, data_sets, escaped, hub_name, markdown_table, model_card
+from guie.card import NONE, escaped, hub_name, markdown_table, model_card
 from guie.checkpoints import Checkpoint, open_checkpoint, save_run
 from guie.files import file_hash
 from guie.scores import intervals
@@ -101,7 +101,7 @@ def test_the_hub_reads_its_metadata(tmp_path):
     text = card(open_checkpoint(run), licence='cc-by-sa-4.0')
     read = ModelCard(text).data
     assert (read.library_name, read.license, read.pipeline_tag) == ('open_clip', 'cc-by-sa-4.0', 'image-feature-extraction')
-    assert read.model_name == run.name and read.datasets == ['products-10k']
+    assert read.model_name == run.name and read.datasets is None  # a run knows domains, not the Hub's names
     result, = read.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ('mP@5', .8, 'all')
     assert 'base_model' not in read.to_dict()
@@ -146,13 +146,6 @@ def test_the_base_model_is_named_for_the_hub_only_where_it_is_known(tmp_path, na
     checkpoint = bare(tmp_path, spec=SPEC | {'model_name': name, 'pretrained': weights})
     assert hub_name(checkpoint) == known
     assert ModelCard(card(checkpoint)).data.to_dict().get('base_model') == (known and [known])
-
-
-@pytest.mark.parametrize('line, names', [
-    ('9,691 images of 1,200 classes (1,000 products-10k, 200 deepfashion), hash 0f', ['products-10k', 'deepfashion']),
-    ('9 images of 2 classes (2 /home/me/data), hash 0f', []), ('9 images of 2 classes (2 ), hash 0f', []), ('', [])])
-def test_data_sets_are_those_of_the_line_of_data_that_the_hub_can_name(tmp_path, line, names):
-    assert data_sets(bare(tmp_path, data=line)) == names
 
 
 def test_an_escaped_name_can_be_a_title():

@@ -628,3 +628,9 @@ def test_a_tower_of_ones_own_loads_when_it_is_passed_along(tmp_path):
     images = torch.rand(3, 3, 2, 2)
     loaded = load_run(tmp_path / 'weights', tower)
     assert torch.equal(loaded(images), model(images)) and loaded.tower is not tower
+
+
+def test_no_towers_to_look_for_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='TOWERS is empty') as error:
+        find_ingredients(tmp_path, [])
+    assert is_one_sentence(error)

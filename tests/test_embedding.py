@@ -288,3 +288,22 @@ def test_two_processes_embed_every_image_once_in_order_and_what_they_keep_is_fou
     monkeypatch.setattr(embedding, 'processes_here', lambda: 1)
     again = embed_all(model, splits, tmp_path / 'vectors', list(splits), tmp_path / 'attached')
     assert all(np.array_equal(again[name], found[name]) for name in splits)
+
+
+def test_a_model_comes_home_also_after_an_error(train, monkeypatch):
+    model, moves = small_model(), []
+    monkeypatch.setattr(model, 'to', lambda place: moves.append(place.type) or model)
+    monkeypatch.setattr(embedding, 'best_device', lambda: torch.device('meta'))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        embed(model, train.head(2), workers=0)
+    assert moves == ['meta', 'cpu']
+
+
+def test_the_number_of_loading_processes_reaches_every_pass_over_the_images(train, monkeypatch):
+    seen, loader = [], embedding.loader
+    monkeypatch.setattr(embedding, 'loader', lambda *given, workers, **more: seen.append(workers) or loader(
+        *given, workers=workers, **more))
+    splits = {'selection_query': train[::6], 'selection_index': train[1::6]}
+    selection_score(small_model(), splits, workers=0)
+    embed_all(small_model(), splits, names=['selection_query'], workers=0)
+    assert seen == [0] * 3

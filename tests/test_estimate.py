@@ -4,8 +4,9 @@ import time
 import pytest
 import torch
 
+from guie import estimate, memory
 from guie.config import Config
-from guie.estimate import forward_cost, in_words, matmul_rate, training_cost
+from guie.estimate import forward_cost, in_words, matmul_rate
 from guie.towers import load_image_tower
 
 MINIATURE = Config(model_name='local-dir:media/miniature', pretrained='miniature', image_size=64)
@@ -39,6 +40,10 @@ def test_the_operations_of_a_published_tower_are_the_published_ones_and_nothing_
 
 def test_training_is_three_passes_of_each_epoch_one_where_the_tower_stays_four_where_it_is_recomputed():
     one = forward_cost(MINIATURE)[0]
+
+    def training_cost(config, images):
+        return estimate.training_cost(config, images, 5)
+
     assert training_cost(MINIATURE.override(epochs=2), 10) == 2 * 10 * 3 * one
     assert training_cost(MINIATURE.override(trains='head'), 10) == 10 * one
     cached = MINIATURE.override(trains='cached head', epochs=20)
@@ -48,6 +53,14 @@ def test_training_is_three_passes_of_each_epoch_one_where_the_tower_stays_four_w
     larger = MINIATURE.override(image_size=96)
     staged = MINIATURE.override(stages=({'trains': 'head'}, {'image_size': 96}))
     assert training_cost(staged, 10) == 10 * one + training_cost(larger, 10)
+
+
+@pytest.mark.parametrize('gigabytes, passes', [(80, 3), (15, 4)])
+def test_a_pass_more_is_counted_where_the_gpu_has_to_recompute(monkeypatch, gigabytes, passes):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(memory, 'available_memory', lambda: (gigabytes * 1e9, 'given'))
+    monkeypatch.setattr(memory, 'half_here', lambda config: torch.float16)
+    assert estimate.training_cost(Config(), 10, 17_642) == 10 * passes * forward_cost(Config())[0]
 
 
 def test_the_rate_is_that_of_products_on_this_machine():

@@ -2,11 +2,13 @@
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 
 from guie import checkpoints, datasets, embedding, files, plots, results, scores, splits, submission
 from guie.config import Config
-from guie.files import progress_bar
+from guie.files import progress_bar, session_start
 from tests.worlds import lock_folders
 
 
@@ -364,3 +366,8 @@ def test_a_line_that_others_rewrite_is_one_output_and_their_other_lines_are_prin
     outputs = NotebookClient(notebook, kernel_name='python3').execute().cells[0].outputs
     told = [output['text'] if output['output_type'] == 'stream' else [output['data']['text/plain']] for output in outputs]
     assert told == ['begin\n', ['work: 2/2'], 'between\n', ['end']]
+
+
+def test_hours_count_from_the_notebooks_beginning_on_kaggle_alone(tmp_path):
+    assert abs(session_start(tmp_path / 'no such folder') - time.time()) < 60
+    assert session_start(tmp_path) == psutil.Process().create_time()

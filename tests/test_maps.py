@@ -50,7 +50,7 @@ def test_every_pair_of_each_kind_is_in_the_histogram_and_the_title_says_the_area
     for axis, (name, projection) in zip(plt.gcf().axes, ways.items()):
         values, same = cosines(splits, vectors, projection)
         area = roc_auc_score(same.ravel(), values.ravel())
-        assert title(axis) == f'{name}: the same object is more alike in {area:.1%} of cases'
+        assert title(axis) == f'{name}: a pair of the same object is more alike than another {area:.1%} of the time'
         bars = axis.containers[0]
         edges = np.array([bar.get_x() for bar in bars] + [bars[-1].get_x() + bars[-1].get_width()])
         for found, mask in zip(heights(axis), (~same, same)):
@@ -89,7 +89,7 @@ def test_few_pairs_are_enough_and_without_any_there_is_a_sentence(searched, caps
     points = {part: vectors[part][rows] for part, rows in two.items()}
     maps.plot_similarities(few, {'two': points})
     values, same = cosines(few, points)
-    assert title(plt.gcf().axes[0]).endswith(f'in {roc_auc_score(same.ravel(), values.ravel()):.1%} of cases')
+    assert title(plt.gcf().axes[0]).endswith(f' {roc_auc_score(same.ravel(), values.ravel()):.1%} of the time')
     plt.close('all')
     for part, words in (('unknown', 'the same object'), (few['query']['label'].iloc[0], 'different objects')):
         maps.plot_similarities({'query': few['query'].iloc[:1], 'index': few['index'].iloc[:1].assign(label=part)},

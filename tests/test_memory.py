@@ -199,3 +199,12 @@ def test_a_drive_that_does_not_say_how_much_is_free_is_not_full(tmp_path, monkey
     monkeypatch.setattr(memory.shutil, 'disk_usage', lambda place: SimpleNamespace(total=0, used=0, free=0))
     training_plan(MID_SIZE.override(batch_size=8, effective_batch=8), mid_size(), tmp_path / 'run', memory=1e12)
     assert 'do not fit' not in capsys.readouterr().out
+
+
+def test_a_head_that_compares_the_images_of_a_batch_never_gets_one_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(memory, 'available_memory', lambda: (1e9, 'given'))
+    with torch.device('meta'):
+        tower = full_size('ViT-L-14', 336)
+        model = Embedder(tower, SubcenterHead(tower.spec.width, 100, norm=True))
+    assert fitted(Config(head_norm=True), model, 1).batch_size == 2

@@ -198,7 +198,8 @@ def test_a_basin_shows_the_cosines_of_each_tower_and_a_line_where_two_ingredient
     h, l_only, line = plt.gcf().axes
     assert [text.get_text() for text in h.texts] == ['1.00', '0.71', '0.71', '1.00'] and len(l_only.texts) == 1
     assert [label.get_text() for label in h.get_xticklabels()] == ['none', 'flip'] and h.get_title() == 'h: cosines'
-    assert [(curve.get_label(), curve.get_ydata().tolist()) for curve in line.lines] == [('h', [0, .25, .5, .75, 1])]
+    assert [(curve.get_label(), curve.get_ydata().tolist()) for curve in line.lines] == [
+        ('h: none to flip', [0, .25, .5, .75, 1])]
 
 
 @pytest.mark.parametrize('names', [[f'h_{name}' for name in ('autoaugment', 'happywhale', *'abcdef', FORMULA)], NAMES])
@@ -243,7 +244,7 @@ def test_a_basin_has_no_empty_panel(tmp_path, capsys):
     plt.gcf().draw_without_rendering()
     axis, = plt.gcf().axes
     assert axis.lines[0].get_ydata().tolist() == [1, .75, .5, .25, 0]
-    assert texts(axis.get_legend()) == [' ' + FORMULA.replace('$', r'\$')]
+    assert texts(axis.get_legend()) == [f' {FORMULA}: h_none to h_flip'.replace('$', r'\$')]
     plots.plot_basin(runs, {}, {})
     assert 'neither two ingredients nor a pretrained tower' in capsys.readouterr().out and len(plt.get_fignums()) == 2
 

@@ -263,3 +263,11 @@ def test_a_disk_that_refuses_the_weights_keeps_scores_and_the_run(finished, spli
     after = contents(tmp_path / 'run')
     assert is_one_sentence(error) and {name: after[name] for name in before} == before
     assert set(after) - set(before) == {'scores.csv', 'queries.csv', 'vectors.npz'}
+
+
+def test_a_damaged_table_of_queries_is_printed_and_costs_one_run_its_interval(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / 'runs')
+    (tmp_path / 'runs/a/queries.csv').write_text('another,table\n1,2\n')
+    table = list_runs(tmp_path / 'runs').set_index('run')
+    assert table['low'].isna().tolist() == [True, False, *table['low'].isna()[2:]] and len(table) == 4
+    assert f'{tmp_path}/runs/a/queries.csv is not a table of save_results' in capsys.readouterr().out

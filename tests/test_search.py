@@ -361,8 +361,8 @@ def test_a_text_finds_what_lies_nearest_to_it_through_the_same_projection(named,
         hits.append(label in found.files['label'].iloc[rows].tolist())
     chance = 1 - comb(12, 5) / comb(15, 5)
     said = capsys.readouterr().out
-    assert said.count(f'Texts find these images with recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 5 '
-                      f'labels') == 1 == said.count('recall@5')
+    assert said.count(f'among its first five for {np.mean(hits):.1%} of 5 labels ({chance:.1%} by chance).') == 1
+    assert said.count('Search by text') == 1
     assert dim or np.mean(hits) == 1
     assert len(list((tmp_path / 'kept').rglob('*.npy'))) == 1
     assert texts_shown()[0][-1].replace('\n', ' ') == word or '…' in texts_shown()[0][-1]
@@ -387,7 +387,7 @@ def test_without_class_folders_it_says_that_nothing_is_known_of_its_texts(named,
     found = Search(zero_shot(), pd.DataFrame({'path': images}), cache=tmp_path / 'kept')
     assert len(found.text('apple', 9)) == 4
     said = capsys.readouterr().out
-    assert 'How well texts find these images is not known' in said and 'recall@5' not in said
+    assert 'How well texts find these images is not known' in said and 'Search by text' not in said
 
 
 def test_the_recall_of_texts_is_that_of_a_few_names_where_there_are_many(monkeypatch):
@@ -406,7 +406,7 @@ def test_the_recall_of_texts_is_that_of_a_few_names_where_there_are_many(monkeyp
     assert words == ['kind 0', 'kind 4', 'kind 8']
     hits = [f'kind_{number}' in np.array(labels)[brute_force(vectors, anchors[number], 5)[0]] for number in (0, 4, 8)]
     chance = np.mean([1 - comb(18 - count, 5) / comb(18, 5) for count in (1, 2, 3)])
-    assert f'recall@5 {np.mean(hits):.3f} ({chance:.3f} by chance): the share of 3 labels' in said
+    assert f'{np.mean(hits):.1%} of 3 labels ({chance:.1%} by chance)' in said
 
 
 def test_the_recall_of_texts_is_the_same_for_labels_of_categories_some_of_which_no_image_has(named, tmp_path, capsys):
@@ -416,7 +416,7 @@ def test_the_recall_of_texts_is_the_same_for_labels_of_categories_some_of_which_
     for table in (files, files.assign(label=categories)):
         found = Search(zero_shot(), table[['path', 'label']], cache=tmp_path / 'kept')
         found.text('apple', 3)
-        said.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith('Texts find')))
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if 'Search by text' in line))
     assert said[0] == said[1]
 
 

@@ -1,6 +1,7 @@
 """Soups: the exact average in little memory, greedy soups, WiSE-FT; ingredients stay as they are."""
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -519,3 +520,16 @@ def test_a_pretrained_tower_that_is_not_here_is_named_and_left_out(tmp_path, tra
     assert absent.base is None
     said = capsys.readouterr().out
     assert f'{absent.run.name}: its pretrained weights are not here' in said and 'nowhere' in said
+
+
+def test_vectors_that_a_soup_keeps_name_the_images_that_could_not_be_read(train, tmp_path, capsys):
+    (tmp_path / 'broken.jpg').write_bytes(b'')
+    splits = {'train': train, 'query': train.head(3).assign(path=[str(tmp_path / 'broken.jpg'), *train['path'][1:3]])}
+    run, = runs_of(tmp_path, (3,))
+    embedder = StateEmbedder(run, splits)
+    embedder.vectors(run, ['query'])
+    assert 'broken.jpg; they count as a black square' in capsys.readouterr().out
+    black = embedder.vectors(run, ['query'], tmp_path / 'kept')['query']
+    shutil.copyfile(train['path'][0], tmp_path / 'broken.jpg')
+    mended = embed(load_run(run, dim=None), splits['query'], cache=tmp_path / 'kept/query.npz')
+    assert not np.allclose(mended[0], black[0], atol=1e-3) and np.array_equal(mended[1:], black[1:])

@@ -142,7 +142,7 @@ def test_a_name_is_the_mean_of_its_unit_vectors_in_each_template():
 def test_the_miniature_reads_the_names_that_it_was_trained_on(capsys):
     names = demo.objects().query("split == 'pretraining'")['name'].tolist()
     vectors = load_text_tower(MINIATURE)(names)
-    assert vectors.dtype == np.float32 and 'unknown' not in capsys.readouterr().out
+    assert vectors.dtype == np.float32 and 'vocabulary' not in capsys.readouterr().out
     assert len(np.unique(vectors.round(4), axis=0)) > .95 * len(names)
 
 
@@ -150,9 +150,11 @@ def test_unknown_words_are_reported_once_a_call(capsys):
     encode = load_text_tower(MINIATURE)
     vectors = encode(['hot dog', 'hot zyzzyva'])
     assert vectors.shape == (2, load_image_tower(MINIATURE).spec.width)
-    assert '1 word is unknown to local-dir:media/miniature: zyzzyva' in capsys.readouterr().out
+    assert '1 word is not in the vocabulary of local-dir:media/miniature: zyzzyva\n' in capsys.readouterr().out
+    encode([f'zy{letter}' for letter in 'abcdefghi'])
+    assert capsys.readouterr().out.endswith('zyh, …\n')
     encode(['hot dog'])
-    assert 'unknown' not in capsys.readouterr().out
+    assert 'vocabulary' not in capsys.readouterr().out
 
 
 def test_batches_of_texts_give_what_each_text_gives():

@@ -146,6 +146,36 @@ def test_fewer_images_than_processes_are_one_sentence():
     assert is_one_sentence(error)
 
 
+@pytest.mark.parametrize('batch, processes, each, step', [
+    (32, 1, 32, 32), (8, 1, 8, 32), (8, 2, 8, 32), (32, 2, 16, 32), (16, 4, 8, 32), (8, 3, 8, 24), (16, 3, 10, 30),
+    (4, 5, 4, 20), (1, 40, 1, 40)])
+def test_several_processes_make_a_step_of_effective_batch_images_or_it_is_said(batch, processes, each, step):
+    config = CONFIG.override(batch_size=batch, effective_batch=32)
+    taken, accumulate, images = training.step_of(config, 1000, processes)
+    assert (taken, images) == (each, step) and taken * accumulate * processes == images
+    assert f'A step takes {step} images, not 32 (effective_batch)' in training.short_step(config, 1000, taken, images)
+
+
+def test_a_state_with_too_few_images_left_for_a_larger_step_resumes_with_the_next_epoch(
+        train, tmp_path, capsys, monkeypatch):
+    config = CONFIG.override(batch_size=8, effective_batch=8, epochs=3)  # 9 steps an epoch, of 72 images
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, press_stop_before(8))
+        with pytest.raises(Stopped, match='after 8 of 27 steps'):
+            fit(config, small_model(), train, tmp_path / 'run')
+    monkeypatch.setattr(training, 'step_of', lambda *_: (8, 2, 16))  # as another number of GPUs makes it
+    fit(config, small_model(), train, tmp_path / 'run')
+    assert 'run: resumes from step-00000008, epoch 1, 64 of its images used' in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / 'run/log.csv')['step'].tolist() == [*range(1, 13)]  # four an epoch
+
+
+@pytest.mark.parametrize('changes', [{'stages': ({'trains': 'head'}, {})}, {'trains': 'cached head'}])
+def test_a_job_of_stages_or_of_a_cached_head_is_refused(train, tmp_path, changes):
+    with pytest.raises(ValueError, match='train it by utilities.train') as error:
+        training.run_job(CONFIG.override(**changes), {'train': train}, tmp_path / 'run')
+    assert is_one_sentence(error) and not (tmp_path / 'run').exists()
+
+
 def test_images_in_a_read_only_folder_are_trained_on_and_nothing_is_written_there(tiny_world, tmp_path):
     shutil.copytree(tiny_world, tmp_path / 'data')
     folders = [tmp_path / 'data', *(path for path in (tmp_path / 'data').rglob('*') if path.is_dir())]
