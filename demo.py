@@ -272,8 +272,8 @@ def sources(data=None, miniature=True):
     from guie.sources import PLACE4, data_sources  # not at the top: torch takes its time
     given = data_sources(data)
     if given['train'] != PLACE4:
-        print(f'DEMO: a miniature CLIP of 3 million parameters on {given["train"]}. Its scores are low; the real towers '
-              f'want a GPU (on Kaggle: GPU T4 x2).')
+        print(f'DEMO: the settings of a miniature CLIP (small images, high rates) on {given["train"]}. Its scores are low; '
+              f'the real towers want a GPU (on Kaggle: GPU T4 x2).')
         return given
     if miniature:
         print('DEMO: a miniature CLIP on the emoji world. The real towers and data want a GPU (on Kaggle: GPU T4 x2).')

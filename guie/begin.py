@@ -1,4 +1,5 @@
 """Begin: turns a notebook's parameters into settings, data and folders, and prints the plan before it starts."""
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def begin_run(config, tower, data, out_dir, *, run=None, recipe=None, overrides=
     images, or a tracker that is not installed; OSError, before data are read, if out_dir cannot be written."""
     config, sources = config.override(overrides, **choices), data_sources(data)
     config = kaggle_limits(follow_recipe(config, recipe, given=read_overrides(overrides)))
-    run_dir = user_path(out_dir) / (run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
+    if run and (os.path.basename(str(run)) != str(run) or str(run) in ('.', '..')):
+        raise InputError(f'RUN is {run!r}; give a name without folders: OUT_DIR is where runs are written.')
+    run_dir = user_path(out_dir) / str(run or '_'.join(filter(None, [tower, config.augmentation, recipe, sources['name']])))
     chosen_trackers(config.tracker)
     for folder, stage in stage_folders(config, run_dir):
         refuse_other_config(folder, stage)
@@ -90,7 +93,10 @@ def begin_zero_shot(values, data, out_dir, *, photos=None, overrides=None, home=
     """(settings, splits, images to search, folder) of the zero-shot notebook.
     values: its settings {name: value}; overrides, and choices that are not None, replace them. photos: a folder of your own
     images; None: at most 1,000 of the queries. out_dir: None is `home`, where scores on your own data get a subfolder."""
-    values = {**values, **{name: value for name, value in choices.items() if value is not None}}
+    choices = {name: value for name, value in choices.items() if value is not None}
+    if choices.get('model_name', values['model_name']) != values['model_name']:
+        values = {**values, 'pretrained': ''}  # which are another tower's
+    values = {**values, **choices}
     more = read_overrides(overrides)
     if unknown := [name for name in more if name not in values]:
         raise InputError(f'OVERRIDES has {unknown[0]!r}.{did_you_mean(unknown[0], values)} The settings are '

@@ -17,7 +17,7 @@ METHODS = {'training': 'fine-tuned by sub-centre ArcFace', 'uniform': 'average o
            'greedy': 'average of ingredients that were added as long as the selection score did not fall (greedy soup)',
            'wise-ft': 'interpolation between pretrained and fine-tuned weights (WiSE-FT)',
            'zero-shot': 'the pretrained tower under a PCA of text vectors', 'ensemble': 'joined vectors of several models'}
-SHOWN_ELSEWHERE = {'format', 'spec', 'config', 'data', 'ingredients', 'members', 'method'}  # of a file's metadata
+SHOWN_ELSEWHERE = {*'format spec config data ingredients members method subcenters'.split()}  # of a file's metadata
 
 
 def escaped(value):

@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,8 +51,8 @@ class Checkpoint(dict):
         if self.path.name != 'model.safetensors' or not scores.exists():
             return None
         try:
-            found = pd.read_csv(scores).query('dim <= 64')['mp5']
-            return float(found.iloc[-1]) if len(found) else None
+            found = pd.read_csv(scores).query('dim <= 64')[['dim', 'mp5']]
+            return float(found.loc[found['dim'] == found['dim'].max(), 'mp5'].iloc[-1]) if len(found) else None
         except (ValueError, LookupError, NameError):  # empty, truncated or another table
             print(f'{scores} cannot be read, so {self.name} counts as not scored')
 
@@ -90,7 +91,16 @@ def save_run(run_dir, model, config=None, *, method=None, state=None, file='mode
     tower = {name: spec[name] for name in ('model_name', 'pretrained', 'image_size')}
     metadata = {'spec': json.dumps(spec), 'config': json.dumps(asdict(config) if config else tower),
                 **({'method': method} if method else {}), **{name: json.dumps(value) for name, value in facts.items()}}
+    if model.head is not None:
+        metadata['subcenters'] = str(model.head.subcenters)
     save_state(model.state_dict() if state is None else state, Path(run_dir) / file, metadata, overwrite=True)
+
+
+def holds(path, state):
+    """Whether a file of weights is there and has exactly these tensors, whatever projection it has besides."""
+    with suppress(OSError, ValueError):
+        return path.exists() and state_hash(open_checkpoint(path)) == state_hash(state)
+    return False
 
 
 def save_projection(run, linear):
@@ -112,6 +122,8 @@ def load_run(path, tower=None, *, dim=64):
         return load_ensemble(checkpoint, tower, dim)
     if given is None and 'spec' not in checkpoint.metadata:
         raise InputError(f'{checkpoint.path} does not say which tower it belongs to; pass tower=load_image_tower(…).')
+    if dim is not None and dim < 1:
+        raise InputError(f'dim is {dim}; give the most numbers that the model shall return, or None for all.')
     try:
         model = unloaded_model(checkpoint, given)
         width = model.head.embedding.out_features if model.head is not None else model.spec.width
@@ -171,7 +183,8 @@ def unloaded_model(checkpoint, tower):
     head = None
     if 'head.embedding.weight' in checkpoint:
         dim, width = checkpoint['head.embedding.weight'].shape
-        subcenters = json.loads(checkpoint.metadata.get('config', '{}')).get('subcenters', 3)
+        told = checkpoint.metadata
+        subcenters = int(told.get('subcenters') or json.loads(told.get('config', '{}')).get('subcenters', 3))
         head = SubcenterHead(width, len(checkpoint['head.centers']) // subcenters, dim=dim, subcenters=subcenters,
                              norm='head.norm.running_mean' in checkpoint)
     return Embedder(tower, head)
@@ -218,11 +231,15 @@ def finished_runs(tower, folders):
     """[Checkpoint] of a tower's finished runs in the folders, without stages; of equal names the first."""
     runs = {}
     for folder in folders:
-        named = folder.name.startswith(f'{tower}_') and not folder.name.startswith(f'{folder.parent.name}-stage-')
+        stage = folder.name.startswith(f'{folder.parent.name}-stage-')
+        named = (folder.name == tower or folder.name.startswith(f'{tower}_')) and not stage
         if named and folder.name not in runs and (folder / 'model.safetensors').is_file():
             for run in sound_checkpoints([folder]):
-                runs[folder.name] = run
-                print(f'{folder.name}: taken from {folder}')
+                if method := run.metadata.get('method'):
+                    print(f'{folder.name}: left out, since it was not trained (method {method})')
+                else:
+                    runs[folder.name] = run
+                    print(f'{folder.name}: taken from {folder}')
     return list(runs.values())
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from guie.datasets import any_names, list_images
 from guie.distributed import best_device
 from guie.embedding import embed, vectors_hash
-from guie.errors import FileError, InputError
+from guie.errors import FileError, InputError, MissingError
 from guie.files import check_writable, file_hash, printable, reason_of, short_name, user_path, whole_file
 from guie.projection import l2_normalise
 from guie.submission import host_vectors
@@ -47,8 +47,11 @@ class Collection:
 
 @any_names
 def find_images(folder):
-    """(DataFrame path, file (the path below the root) and, where there are several, label; root) of a folder, or of a table
-    with a column path. ValueError for another table or an empty one; FileNotFoundError for an empty folder."""
+    """(DataFrame path, file (the path below the root) and, where there are several, label; root) of a folder, of a list of
+    paths, or of a table with a column path. ValueError for another table or an empty one; FileNotFoundError for an empty
+    folder, or if no path of a table exists."""
+    if isinstance(folder, (list, tuple)):
+        folder = pd.DataFrame({'path': list(folder)}, dtype=object)
     if isinstance(folder, pd.DataFrame):
         if 'path' not in folder or folder.empty:
             raise InputError('The table to search names no images: give one with a column path, or a folder.')
@@ -56,6 +59,9 @@ def find_images(folder):
         frame = folder.assign(path=[os.path.abspath(path) for path in folder['path']])
         if (again := frame['path'].duplicated()).any():
             print(f'{again.sum():,} rows of the table repeat an image and were dropped')
+        if not any(map(os.path.exists, frame['path'])):
+            raise MissingError(printable(f'None of the images of the table exist, first {frame["path"].iloc[0]}: relative '
+                                         f'paths start at the current folder.'))
         frame, root = frame[~again], os.path.commonpath(frame['path'].map(os.path.dirname).tolist())
     else:
         frame, root = list_images(folder), os.path.abspath(user_path(folder))
@@ -228,6 +234,10 @@ def collect(frame, root, model, folders, kind='vectors'):
         parts, stored, places = look_up(frame, folders)
     if merge(parts, stored, places, root, folders[-1]):
         parts, stored, places = look_up(frame, folders)
+    for _ in range(10):  # another process may have joined parts while they were read
+        if not still_there(frame[places < 0]):
+            break
+        parts, stored, places = look_up(frame, folders)
     say_left_out(frame['path'][places < 0], 'vanished while the folder was read, and {are} left out')
     frame, table = frame[places >= 0], stored.iloc[places[places >= 0]]
     readable = (table['row'] >= 0).to_numpy()
@@ -244,6 +254,12 @@ def collect(frame, root, model, folders, kind='vectors'):
 def with_states(frame):
     """A table of images with the columns size and mtime of state_of."""
     return frame.assign(**dict(zip(['size', 'mtime'], np.array([*map(state_of, frame['path'])], np.int64).reshape(-1, 2).T)))
+
+
+def still_there(frame):
+    """Whether one of some images is what with_states saw."""
+    return any(state_of(path) == (size, mtime) != (-1, -1)
+               for path, size, mtime in zip(frame['path'], frame['size'], frame['mtime']))
 
 
 def missing(frame, model, folders):

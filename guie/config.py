@@ -18,8 +18,8 @@ FORMER_NAMES = {'bands': 'layer_lrs', 'head_decay': 'head_weight_decay', 'tower_
 FORMER_FIELDS = {'sampling': 'photographs', 'partial_centers': 1., 'distil': 0., 'teacher': '', 'domains': []}
 LIMITS = {'image_size': (1, 4096), 'overlap': (0, .9), 'n_classes': (1, 10**8), 'min_images': (1, 10**6),
           'max_images': (1, 10**9), 'embedding_dim': (1, 65536), 'subcenters': (1, 100), 'scale': (1e-3, 1e4),
-          'margin_min': (0, math.pi), 'margin_width': (0, math.pi), 'margin_growth': (0, math.pi), 'head_lr': (0, 1e3),
-          'class_lr': (0, 1e3),
+          'margin_min': (0, math.pi / 2), 'margin_width': (0, math.pi / 2), 'margin_growth': (0, math.pi / 2),
+          'head_lr': (0, 1e3), 'class_lr': (0, 1e3),
           'head_weight_decay': (0, 1e3), 'tower_weight_decay': (0, 1e3), 'batch_size': (1, 10**6),
           'effective_batch': (1, 10**7), 'epochs': (0, 10**5), 'warmup_steps': (0, 10**9), 'max_grad_norm': (1e-9, 1e9),
           'data_seed': (0, 2**32 - 1), 'seed': (0, 2**32 - 1), 'head_seed': (0, 2**32 - 1), 'pca_images': (2, 10**9),

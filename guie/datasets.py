@@ -162,7 +162,8 @@ def read_folders(root, layout):
     found = below.str.extract(f'(?s)^/{layout.pattern}$').assign(path=root + below)
     frame = found.assign(domain=found.get('domain', layout.domain)).dropna()[['path', 'label', 'domain']]
     if frame.empty:
-        raise MissingError(f'Expected images like {layout.example}, found {contents_of(root, passed)}.')
+        raise MissingError(f'Expected images like {layout.example}, found {contents_of(root, passed)}: check the folder, or '
+                           f'put the images there.')
     say_passed(root, passed + Counter({f'images unlike {layout.example}': len(found) - len(frame)}))
     if layout.unique_names:
         copies = frame['path'].map(os.path.basename).duplicated()
@@ -222,10 +223,15 @@ def read_table(file, layout, nrows=None):
 
 
 def read_csv(file, layout, nrows):
-    """read_table of a file other than JSON, in its own encoding."""
+    """read_table of a file other than JSON, in its own encoding. Where commas are expected, but the first line has none, its
+    semicolons or tabs separate the columns."""
     with open(file, 'rb') as stream:
-        utf16 = stream.read(2) in (b'\xff\xfe', b'\xfe\xff')
-    read = partial(pd.read_csv, file, sep=layout.sep, skiprows=layout.skiprows, nrows=nrows, dtype=str,
+        first = stream.readline(4096)
+    utf16 = first[:2] in (b'\xff\xfe', b'\xfe\xff')
+    sep = layout.sep
+    if sep == ',' and b',' not in first:
+        sep = next((mark for mark in ';\t' if mark.encode() in first), sep)
+    read = partial(pd.read_csv, file, sep=sep, skiprows=layout.skiprows, nrows=nrows, dtype=str,
                    keep_default_na=False, na_values=[''], skipinitialspace=True)
     try:
         return read(encoding='utf-16' if utf16 else 'utf-8-sig')
@@ -286,7 +292,7 @@ def list_images(folder):
     below, passed = walk_images(root)
     if not below:
         raise MissingError(f'{folder} holds no images ({", ".join(sorted(image_suffixes()))}), '
-                           f'found {contents_of(root, passed)}.')
+                           f'found {contents_of(root, passed)}: check the folder, or put the images there.')
     say_passed(root, passed)
     paths = [root + name for name in below]
     return pd.DataFrame({'path': paths, 'label': [os.path.basename(os.path.dirname(path)) for path in paths], 'domain': ''})

@@ -1,5 +1,6 @@
 """Embedding: images to vectors, cached in files; `accelerate launch -m guie.embedding FOLDER` runs it on several GPUs."""
 import json
+import os
 import re
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def embed(model, frame, *, batch_size=64, workers=None, cache=None, known=(), de
     rank, processes = rank_and_world_size()
     caches = [*filter(None, [cache, *known])]
     dataset = ImageDataset(frame, model.spec.image_size, max_unreadable=max_unreadable)
-    paths, key = np.array(dataset.paths, str), vectors_hash(model) if caches else ''
+    paths, key = absolute(dataset.paths), vectors_hash(model) if caches else ''
     for file in caches:
         if (kept := cached_vectors(file, paths, key, dataset.size)) is not None:
             name_unreadable(kept[1], unreadable)
@@ -153,6 +154,11 @@ def vectors_hash(model):
     return state_hash(numbers | {'spec': torch.frombuffer(bytearray(spec), dtype=torch.uint8)})
 
 
+def absolute(paths):
+    """Paths as caches keep them: array of str (n,), the same from any current folder."""
+    return np.array([*map(os.path.abspath, paths)], str)
+
+
 def cached_vectors(file, paths, key, size):
     """(vectors, list of unreadable paths) in an .npz file for these images and this model, or None; None too if one of the
     unreadable images can be read now, at `size` pixels."""
@@ -204,7 +210,7 @@ def embed_all(model, splits, folder=None, names=('pca', 'query', 'index'), known
         if launched:
             key = vectors_hash(model)
             images = {name: frame for name, frame in images.items() if all(
-                cached_vectors(file, np.array(frame['path'].tolist(), str), key, model.spec.image_size) is None
+                cached_vectors(file, absolute(frame['path']), key, model.spec.image_size) is None
                 for file in (files[name]['cache'], *files[name]['known']))}
         if launched and images:
             save_run(job, model, Config(subcenters=getattr(model.head, 'subcenters', 3)))

@@ -31,14 +31,14 @@ ORIGIN = ('method', 'ingredients')  # settings that do not come from a Config
 
 def explore(out_dir, path='explore.html'):
     """Writes one page, which needs no server or network, to compare runs query by query -> Page, which a notebook shows.
-    out_dir: a folder with runs up to two levels below, or a list of such folders or of runs; a run needs queries.csv, and
+    out_dir: a folder with runs up to four levels below, or a list of such folders or of runs; a run needs queries.csv, and
     vectors.npz for its map. path: the page; a relative one is below out_dir, or the current folder for a list. Runs are
     compared on the queries that they share: the same path and label or, where two runs share none, the same label and file
     name. At most 2,000 thumbnails and 2,000 places on a map, and t-SNE for the first maps alone, keep it small. Images that
     cannot be read are printed and marked. FileNotFoundError without a run that has queries.csv; OSError if the page cannot
     be written."""
     folders, root = folders_of(out_dir)
-    runs = [read_run(name, folder) for name, folder in folders.items()]
+    runs = sound_runs(folders)
     runs.sort(key=lambda run: -np.nan_to_num(mean(run.precision), nan=-1))
     samples, images = [*map(sample_of, runs)], Images()
     for run, sample in zip(runs, samples):
@@ -103,9 +103,9 @@ def folders_of(out_dir):
 
 
 def runs_below(root):
-    """The folders of runs in a folder, up to two levels below, sorted; without stages and states."""
-    found = {file.parent for name in ('queries.csv', *OF_A_RUN) for start in ('', '*/', '*/*/')
-             for file in root.glob(start + name)}
+    """The folders of runs in a folder, up to four levels below, sorted; without stages and states."""
+    found = {file.parent for name in ('queries.csv', *OF_A_RUN) for depth in range(5)
+             for file in root.glob('*/' * depth + name)}
     return sorted(folder for folder in found if 'state' not in folder.relative_to(root).parts
                   and not folder.name.startswith(f'{folder.parent.name}-stage-'))
 
@@ -139,6 +139,21 @@ class Run:
     def found(self, rank=''):
         """The (path, label) of its queries or, with a rank, of the neighbour that each has there; '' where there is none."""
         return [*zip(*(self.queries[name + rank].tolist() for name in ('path', 'label')))]
+
+
+def sound_runs(folders):
+    """[Run] of folders {name: folder}. One with damaged files is printed and left out; if none is left, ValueError."""
+    runs, problems = [], []
+    for name, folder in folders.items():
+        try:
+            runs.append(read_run(name, folder))
+        except InputError as error:
+            problems.append(error)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        print(f'Left out: {problem}')
+    return runs
 
 
 def read_run(name, folder):

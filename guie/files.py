@@ -1,6 +1,7 @@
 """Files: written whole or not at all, found in attached inputs, hashed; progress bars."""
 import ast
 import difflib
+import glob
 import hashlib
 import io
 import json
@@ -47,12 +48,14 @@ def literal(value, *kinds):
 
 @contextmanager
 def whole_file(path):
-    """Yields a path to write a file to; the file then replaces `path`, so that a reader never sees half a file.
+    """Yields a path to write a file to; the file then replaces `path`, so that a reader never sees half a file. Processes
+    that write one file at a time do not meet; what a killed one left is deleted.
     OSError, in one sentence, if the block cannot write; the old file stays."""
     path = user_path(path)
-    beside = path.with_name(f'.part-{path.name}')
+    beside = path.with_name(f'.part-{os.getpid()}-{end_of(path.name)}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(path)
         yield beside
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
@@ -61,6 +64,20 @@ def whole_file(path):
     finally:
         with suppress(OSError):  # as when the parent is a file
             beside.unlink()
+
+
+def end_of(name):
+    """A file's name, or the end of one that leaves no space for what comes before: file systems refuse 256 bytes."""
+    return os.fsdecode(os.fsencode(name)[-230:])
+
+
+def delete_leftovers(path):
+    """Deletes what processes that are gone left beside a file that they were writing."""
+    for left in path.parent.glob(f'.part-*-{glob.escape(end_of(path.name))}'):
+        _, pid, name = left.name.split('-', 2)
+        if name == end_of(path.name) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                left.unlink()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guie.checkpoints import load_run, save_run
+from guie.checkpoints import holds, load_run, save_run
 from guie.distributed import best_device
 from guie.embedding import embed, embed_all
 from guie.errors import Diverged, InputError
@@ -193,7 +193,8 @@ def train_head(config, splits, run_dir, *, weights=None, keep_classes=False):
         if not keep_classes:
             model.head.centers = nn.Parameter(torch.zeros(0, config.embedding_dim))
         config.save(run_dir / 'config.json')  # before the weights: without it nobody could tell whose they are
-        save_run(run_dir, model, config, data=describe(train))
+        if not holds(run_dir / 'model.safetensors', model.state_dict()):  # with its projection
+            save_run(run_dir, model, config, data=describe(train))
         write_text(run_dir / 'log.csv', pd.DataFrame(rows, columns=LOGGED).to_csv(index=False))
     return model.eval()
 

@@ -20,8 +20,9 @@ def adaptive_margins(counts, *, low=0.05, width=0.45, power=0.25):
 
 def arcface_loss(cosine, labels, margins, scale=30.0):
     """Additive angular margin (Deng 2019, eq. 3): cross-entropy of scale · cos(θ + m) at the label, scale · cos θ elsewhere.
-    cosine: float (n, C); labels: int64 (n,); margins: float (C,), radians. Where θ + m exceeds π the logit is cos θ - m·sin
-    m, so that it keeps falling. Finite gradients at cos θ = ±1. Returns the mean over the batch, a float32 scalar."""
+    cosine: float (n, C); labels: int64 (n,); margins: float (C,), radians in 0…π/2. Where θ + m exceeds π the logit is
+    cos θ - m·sin m, so that it keeps falling. Finite gradients at cos θ = ±1. Returns the mean over the batch, a float32
+    scalar."""
     margin = margins.to(cosine.device, torch.float32)[labels]
     cosine = cosine.float()
     target = cosine.gather(1, labels[:, None]).squeeze(1)

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 
 import open_clip
 import timm
@@ -17,7 +16,7 @@ from guie.card import base_of, model_card
 from guie.checkpoints import PROJECTION, Checkpoint, load_run, open_checkpoint, save_state
 from guie.errors import ExistsError, InputError, ProcessError
 from guie.files import folder_beside, reason_of, user_path, whole_file, write_text
-from guie.towers import NO_TEXT, load_open_clip, no_warnings_logged, resize_tower
+from guie.towers import NO_TEXT, load_open_clip, local_folder, no_warnings_logged, resize_tower
 
 MARK = '<!-- This folder was written by publish, which may replace its files. -->'
 PLACES = {  # where it can be uploaded: package, form of a name, how to log in
@@ -149,7 +148,7 @@ def whole_clip(spec):
     try:
         clip = load_open_clip(spec.model_name, spec.pretrained, spec.image_size)
         if spec.model_name.startswith('local-dir:'):  # with the words of a small vocabulary
-            return clip, json.loads(Path(spec.model_name.removeprefix('local-dir:'), 'open_clip_config.json').read_text())
+            return clip, json.loads((local_folder(spec.model_name) / 'open_clip_config.json').read_text())
         return clip, {'model_cfg': open_clip.get_model_config(spec.model_name)}
     except (InputError, OSError) as error:
         raise InputError(f'The text half of a whole CLIP is missing ({str(error).rstrip(".")}): turn the internet on, or '
@@ -237,9 +236,10 @@ def tower_code(library, place):
 
 def python(libraries, *parts):
     """The card's Python as text."""
-    imports = ['import torch', *(f'import {name}' for name in libraries.split(' and ')), 'from PIL import Image',
+    imports = ['import torch', *(f'import {name}' for name in libraries.split(' and ')), 'from PIL import Image, ImageOps',
                'from safetensors.torch import load_file', 'from torch.nn.functional import normalize', '']
-    body = ["image = Image.open('image.jpg').convert('RGB')", *sum(parts, [])]
+    body = ["image = ImageOps.exif_transpose(Image.open('image.jpg')).convert('RGBA')  # upright, and on white:",
+            "image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')", *sum(parts, [])]
     return '\n'.join([*imports, 'with torch.inference_mode():', *(f'    {line}' for line in body)]) + '\n'
 
 

@@ -1,4 +1,5 @@
 """Results: what a run leaves beside its weights - scores, queries with their neighbours, vectors - and tables of runs."""
+import csv
 import json
 import math
 import os
@@ -37,7 +38,7 @@ def save_results(run_dir, scores, vectors, splits, projection=None):
     projection = projection or fit_pca(vectors['pca'], dims_of(vectors['pca']))
     query, index = project(vectors, projection=projection)
     with whole_file(run_dir / 'queries.csv') as beside:
-        query_table(query, index, splits).to_csv(beside, index=False, errors='surrogateescape')
+        query_table(query, index, splits).to_csv(beside, index=False, quoting=csv.QUOTE_ALL, errors='surrogateescape')
     with whole_file(run_dir / 'vectors.npz') as beside, open(beside, 'wb') as file:
         np.savez_compressed(file, query=query.astype(np.float16), index=index.astype(np.float16), **{
             f'index_{column}s': np.array(splits['index'][column].tolist(), str) for column in ('path', 'label')})

@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import torch
 
 from guie.errors import InputError
@@ -91,6 +92,7 @@ def rows_of(vectors, which, side=None):
     """Rows as a tensor, without a copy where possible; with a `side` to name, NaN and infinity are errors."""
     rows = vectors[which]
     if not isinstance(rows, torch.Tensor):
+        rows = rows.copy() if min(rows.strides, default=0) < 0 else rows  # a single reversed row counts as contiguous
         rows = torch.from_numpy(np.require(rows, requirements='CW'))
     if side and (bad := ~(rows.abs().amax(1).double() < 1e150)).any():  # larger squares overflow
         raise InputError(f'{side} vector {which.start + int(bad.nonzero()[0])} holds NaN or infinite values: '
@@ -128,7 +130,10 @@ def mean_precision_at_5(query, query_labels, index, index_labels, exclude_self=F
 
 
 def codes(*labels):
-    """Equal labels -> equal integers 0, 1, …, all sequences in one array."""
+    """Equal labels -> equal integers 0, 1, …, all sequences in one array. InputError for a label that is missing."""
     known = {}
     lists = [part.tolist() if hasattr(part, 'tolist') else part for part in labels]
-    return np.array([known.setdefault(label, len(known)) for part in lists for label in part], dtype=int)
+    numbers = np.array([known.setdefault(label, len(known)) for part in lists for label in part], dtype=int)
+    if pd.Series([*known], dtype=object).isna().any():
+        raise InputError('Labels are missing (None or NaN): leave these images out, or label them.')
+    return numbers

@@ -31,7 +31,7 @@ from guie.distributed import best_device, end_with_notebook, launch, processes_h
 from guie.embedding import WORTH_LAUNCHING
 from guie.errors import FileError, InputError, MissingError
 from guie.files import printable, user_path
-from guie.images import to_rgb
+from guie.images import read_pixels, to_rgb
 from guie.model import Embedder, Ensemble
 from guie.pictures import with_header
 from guie.projection import l2_normalise
@@ -127,6 +127,7 @@ class Search:
         """The unit vector of an image file: float32 (dim,)."""
         vectors, _ = vectors_of(self.model, [path], 'embedding', workers=0)
         if not len(vectors):
+            read_pixels(str(path), 64)  # raises, with the reason
             raise FileError(printable(f'The image {path} cannot be read: check the file, or give another one.'))
         return vectors[0]
 

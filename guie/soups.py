@@ -11,7 +11,7 @@ import torch
 
 from guie.checkpoints import Checkpoint, base_state, load_run, open_checkpoint, save_state
 from guie.config import Config
-from guie.embedding import embed_all, name_unreadable, save_vectors, vectors_hash
+from guie.embedding import absolute, embed_all, name_unreadable, save_vectors, vectors_hash
 from guie.errors import InputError
 from guie.files import file_hash, state_hash
 from guie.retrieval import mean_precision_at_5
@@ -67,6 +67,11 @@ def open_ingredients(paths):
     refuse_differences(ingredients)
     if len({ingredient.path.resolve() for ingredient in ingredients}) < len(ingredients):
         print('One checkpoint is given more than once and counts as often.')
+    seeds = {json.loads(ingredient.metadata['config']).get('head_seed') for ingredient in ingredients
+             if 'config' in ingredient.metadata and 'head.embedding.weight' in ingredient}
+    if len(seeds) > 1:
+        print(f'These ingredients began with different heads (head_seed {", ".join(map(str, seeds))}): their average is '
+              f'hardly a model. Average runs of one head_seed.')
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in ingredients[0].values()):
         print(f'{ingredients[0].path} is in half precision: the average comes out in float32.')
     return ingredients
@@ -236,6 +241,8 @@ def soup_metadata(paths, method, **extra):
     fields = {'method': method, **extra, 'ingredients': [
         {'run': checkpoint.name, 'sha256': file_hash(checkpoint.path), 'score': checkpoint.score}
         for checkpoint in checkpoints]}
+    if 'subcenters' in checkpoints[0].metadata:
+        fields['subcenters'] = checkpoints[0].metadata['subcenters']
     if specs := [checkpoint.metadata['spec'] for checkpoint in checkpoints if 'spec' in checkpoint.metadata]:
         fields['spec'] = specs[0]  # the original authors' files have none
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
@@ -272,7 +279,7 @@ class StateEmbedder:
         beside = Path(state.path).parent / 'vectors' if isinstance(state, Checkpoint) else None
         if folder:
             for name in set(names) & set(known):
-                save_vectors(Path(folder) / f'{name}.npz', known[name], np.array(self.splits[name]['path'].tolist(), str),
+                save_vectors(Path(folder) / f'{name}.npz', known[name], absolute(self.splits[name]['path']),
                              vectors_hash(self.model), [path for path in bad if path in {*self.splits[name]['path']}])
         if missing := [name for name in names if name not in known]:
             found = []

@@ -18,6 +18,9 @@ PARTS = 'train training trainval val valid validation dev test testing eval'.spl
 def as_list(sources):
     """One or several sources, or their text, as a list."""
     sources = literal(sources, list, tuple)
+    if not isinstance(sources, (str, os.PathLike, list, tuple)):
+        raise InputError(f'DATA is {sources!r}; give a folder of class folders, a CSV path,label, the name of a known set, '
+                         f'or a list of these.')
     return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
 
 
@@ -123,13 +126,14 @@ def check_level(source, folder, inside):
     if len(inside) == 1 and level and not images_in(deeper):
         raise InputError(f'{source} holds one class folder, {inside[0]}, and in that are no images but folders of '
                          f'them: give {deeper} instead, which holds {len(level):,} folders ({named(level)}).')
-    if any(images_in(os.path.join(folder, name)) for name in inside):
+    direct = sum(images_in(os.path.join(folder, name)) > 0 for name in inside)
+    if 2 * direct >= len(inside):  # a stray image makes no class folder
         return
     below = [name for top in inside for name in image_folders(os.path.join(folder, top))]
     if len(set(below)) > len(inside):
-        raise InputError(f'{source} holds {len(inside):,} folders ({named(inside)}) that have no images but {len(below):,} '
-                         f'folders of them ({named(below)}): if these are the classes, give as DATA a list of the '
-                         f'{len(inside):,} folders; if they are not, a CSV with path,label.')
+        raise InputError(f'{source} holds {len(inside):,} folders ({named(inside)}) that have hardly an image but '
+                         f'{len(below):,} folders of them ({named(below)}): if these are the classes, give as DATA a list '
+                         f'of the {len(inside):,} folders; if they are not, a CSV with path,label.')
     if below:
         print(f'{source}: the classes are {named(inside)}; the {len(below):,} folders in them are not told apart.')
 

@@ -26,6 +26,7 @@ def select_classes(frame, min_images=4, max_images=50, n_classes=None, seed=5):
     chosen = []
     for domain, part in frame.groupby('domain', sort=True):
         rng, counts = np.random.default_rng(seed), part['label'].value_counts().sort_index()
+        counts = counts[counts > 0]  # a categorical may name others
         if n_classes is not None and n_classes > len(counts):
             print(printable(f'{domain}: all {len(counts):,} classes are taken (n_classes is {n_classes:,})'))
         counts = counts.iloc[rng.permutation(len(counts))[:n_classes]]
@@ -60,11 +61,14 @@ def selection_hash(frame):
 
 def describe(frame):
     """A line that says which images these are; its last word is selection_hash."""
-    classes = frame.groupby('domain')['label'].nunique()
-    parts = ', '.join(f'{count:,} {domain}' for domain, count in classes.items())
-    return f'{len(frame):,} images of {classes.sum():,} classes ({parts}), hash {selection_hash(frame)}'
+    parts = ''
+    if 'domain' in frame:
+        classes = frame.groupby('domain', observed=True)['label'].nunique()
+        parts = f' ({", ".join(f"{count:,} {domain}" for domain, count in classes.items())})'
+    return f'{len(frame):,} images of {frame["label"].nunique():,} classes{parts}, hash {selection_hash(frame)}'
 
 
+FEW = 10  # objects, on which a score says little
 SELECTION = ('selection_query', 'selection_index')  # of the splits of a run: objects to make choices on
 
 
@@ -148,9 +152,10 @@ def load_data(train, query=None, index=None, selection=None, *, config, root=Non
 
 
 def hold_out_classes(frame, pairs, share, most, seed):
-    """({name: table} of classes held out for each pair of names, the table without them); ({}, None) if a pair would get
-    fewer than two classes with several images, or training fewer than two classes."""
-    held = {}
+    """({name: table} of classes of several images held out for each pair of names, the table without them); ({}, None) if a
+    pair or training would get fewer than two such classes."""
+    alone = ~frame['label'].duplicated(keep=False)  # a class of one image finds nothing
+    single, frame, held = frame[alone], frame[~alone], {}
     for names in pairs:
         if len(labels := frame['label'].unique()) < 2:
             return {}, None
@@ -159,7 +164,7 @@ def hold_out_classes(frame, pairs, share, most, seed):
             return {}, None
         turn = part.groupby('label').cumcount() % 3
         held |= {names[0]: part[turn == 0].reset_index(drop=True), names[1]: part[turn > 0].reset_index(drop=True)}
-    return held, frame
+    return held, pd.concat([frame, single], ignore_index=True)
 
 
 def hold_out_images(frame, pairs, seed):
@@ -185,6 +190,8 @@ def check_splits(splits, pairs):
     for query, index in pairs:
         if not splits[query]['label'].isin(splits[index]['label']).any():
             raise InputError(f'No image of {query} has its class in {index}: give images of the same classes as both.')
+        if (few := len(set(splits[query]['label']) & set(splits[index]['label']))) < FEW:
+            print(f'Only {few} objects of {query} are in {index} too, so scores on them are rough.')
         if seen := set(splits[query]['label']) & set(splits['train']['label']):
             print(f'{len(seen)} of the classes in {query} are trained on too, so its score is not one of never-seen '
                   f'objects; first {min(seen)}')

@@ -345,5 +345,6 @@ def replay_submission(path, splits, vectors, projection, *, objects=None):
     few = {part: splits[part].iloc[rows[part]].reset_index(drop=True) for part in rows}
     own = [part[rows[name]] for name, part in zip(('query', 'index'), project(vectors, replay['dim'], projection))]
     mp5 = mean_precision_at_5(own[0], few['query']['label'], own[1], few['index']['label'])
-    print(f'mP@5 of the file {replay["mp5"]:.3f}, of the notebook {mp5:.3f}, on {len(few["query"])} queries')
+    judged = few['query']['label'].isin(few['index']['label']).sum()
+    print(f'mP@5 of the file {replay["mp5"]:.3f}, of the notebook {mp5:.3f}, on {judged} queries')
     return few, replay

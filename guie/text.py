@@ -3,7 +3,6 @@ import json
 import re
 from collections import Counter
 from numbers import Real
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -14,7 +13,7 @@ from guie.distributed import best_device
 from guie.errors import InputError, MissingError
 from guie.files import did_you_mean, literal, progress_bar, reason_of, user_path
 from guie.projection import l2_normalise
-from guie.towers import load_open_clip
+from guie.towers import load_open_clip, local_folder
 
 # In the words of the captions that CLIP was trained on
 TEMPLATES = ('a photo of a {}.', 'a close-up photo of a {}.', 'a cropped photo of the {}.', 'a picture of a {}.')
@@ -51,7 +50,7 @@ def load_text_tower(model_name, pretrained=''):
     Not normalised. Words that a small vocabulary lacks are printed once a call."""
     model = load_open_clip(model_name, pretrained).eval()
     model.visual = None  # the other half, which would take memory
-    config = Path(model_name.removeprefix('local-dir:'), 'open_clip_config.json')
+    config = local_folder(model_name) / 'open_clip_config.json'
     words = json.loads(config.read_text()).get('words') if model_name.startswith('local-dir:') else None
     try:
         tokenizer = WordTokenizer(words, model.context_length) if words else open_clip.get_tokenizer(model_name)

@@ -97,7 +97,9 @@ def draw_thumbnails(images, chosen):
         for place, pixels in zip(batch['index'].tolist(), batch['image']):
             pictures[chosen[place]] = 0 if dataset.bad[place] else as_webp(pixels)
     if bad := dataset.unreadable:
-        print(printable(f'{len(bad):,} of {len(files):,} images could not be read, first {bad[0]}; the page shows a cross.'))
+        moved = ' Were they moved? Run the notebooks again with the present DATA.' * (not any(map(os.path.exists, files)))
+        print(printable(f'{len(bad):,} of {len(files):,} images could not be read, first {bad[0]}; the page shows a cross.'
+                        f'{moved}'))
     return pictures
 
 

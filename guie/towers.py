@@ -4,6 +4,7 @@ import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -31,6 +32,8 @@ STEM = re.compile(r'(cls_token|reg_token|pos_embed|norm_pre)(\.|$)')  # group_ma
 MOBILE_CLIP = 'image_encoder.model.patch_emb'  # begins the names of Apple's own files
 NO_TEXT = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}  # the smallest that open_clip builds
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 
 @dataclass(frozen=True)
 class TowerSpec:
@@ -49,6 +52,8 @@ def weights_source(model_name, pretrained):
     """(what open_clip is to load, settings of the tag) for a built-in name. pretrained: a tag, a file, or 'tag@file' (a file
     with the tag's preprocessing and activation, as on Kaggle without internet); 'random' and 'tag@random' load nothing."""
     if model_name not in open_clip.list_models():
+        if other := 'timm' if timm.is_model(model_name) else 'local-dir' if user_path(model_name).is_dir() else '':
+            raise InputError(f'open_clip has no model {model_name!r}: write {f"{other}:{model_name}"!r}.')
         raise InputError(f'open_clip has no model {model_name!r}.{did_you_mean(model_name, open_clip.list_models())}')
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     pretrained = pretrained.strip()
@@ -90,8 +95,19 @@ def packed(vision_cfg):
     return vision_cfg | ({'block_type': 'custom', 'output_tokens': False} if is_transformer else {})
 
 
+def local_folder(model_name):
+    """The folder of 'local-dir:folder'. A relative one that is not below the current folder may be in the repository: runs
+    of the demo name the miniature so, on any machine."""
+    folder = user_path(model_name.removeprefix('local-dir:'))
+    return REPOSITORY / folder if not folder.exists() and (REPOSITORY / folder).exists() else folder
+
+
 def load_open_clip(model_name, pretrained, image_size=None, *, text=True):
     """open_clip's whole CLIP with weights, never silently random. text: False leaves out the text half of a file."""
+    if model_name.startswith('local-dir:'):
+        if not local_folder(model_name).is_dir():
+            raise InputError(f'There is no folder {local_folder(model_name)} of a model: check the path after local-dir:.')
+        model_name = f'local-dir:{local_folder(model_name)}'
     random = pretrained == 'random' or pretrained.endswith('@random')
     source, facts, file = None, {}, None
     if not model_name.startswith(('local-dir:', 'hf-hub:')):
@@ -167,7 +183,8 @@ def load_image_tower(model_name, pretrained='', image_size=None):
     if model_name.startswith('timm:'):
         return load_timm_tower(model_name, pretrained, image_size)
     tower = load_open_clip(model_name, pretrained, image_size, text=False).visual
-    config = open_clip.get_model_config(model_name)
+    here = f'local-dir:{local_folder(model_name)}' if model_name.startswith('local-dir:') else model_name
+    config = open_clip.get_model_config(here)
     quick = any(isinstance(module, QuickGELU) for module in tower.modules())
     own = isinstance(tower, VisionTransformer)
     size, facts = tower.image_size, tower.preprocess_cfg

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 
-from guie.checkpoints import load_run, open_checkpoint, save_run
+from guie.checkpoints import holds, load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.distributed import any_process, autocast_dtype, best_device, report_error, stop_requested, stop_signal
 from guie.embedding import readable_loading, selection_score
@@ -73,7 +73,7 @@ def fit(config, model, train, run_dir, validate=None, *, search=ATTACHED, epoch=
                                  rank=accelerator.process_index, processes=accelerator.num_processes, workers=config.workers)
                 for batches_of_step in zip(*[iter(batches)] * accumulate):  # so many batches at a time
                     rate = run.schedule.get_last_lr()[-1]
-                    loss, moved = optimiser_step(run, batches_of_step, margins + config.margin_growth * progress.epoch)
+                    loss, moved = optimiser_step(run, batches_of_step, widened(margins, progress.epoch, config))
                     if moved:
                         run.schedule.step()
                     elif math.isnan(loss):
@@ -100,6 +100,11 @@ def step_of(config, images, processes):
     batch = min(config.batch_size, images // processes, max(1, config.effective_batch // processes))
     accumulate = max(1, min(config.effective_batch, images) // (batch * processes))
     return batch, accumulate, batch * processes * accumulate
+
+
+def widened(margins, epoch, config):
+    """The margins of an epoch, which grow by config.margin_growth in each, to at most a right angle."""
+    return (margins + config.margin_growth * epoch).clamp_max(math.pi / 2)
 
 
 def short_step(config, images, batch, taken):
@@ -219,9 +224,9 @@ def validate_and_save_best(run, validate):
 
 
 def save_weights(run, file='model.safetensors', **facts):
-    """Saves the run's weights, by one process."""
+    """Saves the run's weights, by one process. A file that has them already, and perhaps a projection, stays."""
     state = full_state(run.model)
-    if run.main:
+    if run.main and not holds(run.folder / file, state):
         save_run(run.folder, run.model, run.config, state=state, file=file, data=run.progress.data, **facts)
     run.accelerator.wait_for_everyone()
 

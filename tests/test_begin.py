@@ -142,3 +142,18 @@ def test_on_kaggle_a_run_stops_before_the_session_does_and_says_so(tmp_path, cap
 def test_a_run_begins_within_kaggles_limits(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(begin, 'kaggle_limits', lambda config: config.override(max_hours=3))
     assert begin_run(CONFIG, 'vit_h_224', str(pets), tmp_path)[0] == CONFIG.override(max_hours=3)
+
+
+@pytest.mark.parametrize('name', ['a/b', '../up', '..', '/abs'])
+def test_a_runs_name_has_no_folders(tmp_path, name):
+    with pytest.raises(ValueError, match='give a name without folders') as error:
+        begin_run(CONFIG, 'vit_h_224', '/no/such/data', tmp_path / 'out', run=name)
+    assert is_one_sentence(error) and not (tmp_path / 'out').exists()
+
+
+def test_the_weights_of_one_tower_are_not_asked_of_another(pets, tmp_path):
+    values = {'model_name': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k', 'image_size': 32}
+    choices = {'model_name': CONFIG.model_name}
+    assert begin_zero_shot(values, str(pets), tmp_path, **choices)[0] == values | choices | {'pretrained': ''}
+    choices['pretrained'] = 'miniature'
+    assert begin_zero_shot(values, str(pets), tmp_path, **choices)[0] == values | choices

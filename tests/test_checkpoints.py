@@ -634,3 +634,32 @@ def test_no_towers_to_look_for_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match='TOWERS is empty') as error:
         find_ingredients(tmp_path, [])
     assert is_one_sentence(error)
+
+
+def test_a_head_saved_without_a_configuration_keeps_its_number_of_centres(tmp_path):
+    model = new_model()
+    model.head = SubcenterHead(model.spec.width, 6, dim=16, subcenters=1)
+    save_run(tmp_path, model)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with torch.inference_mode():
+        found, expected = (one.eval()(images, classify=True) for one in (load_run(tmp_path, dim=None), model))
+    assert found.shape == (2, 6) and torch.equal(found, expected)
+    save_soup(average_states([tmp_path, tmp_path]), tmp_path / 'soup', [tmp_path, tmp_path], 'uniform')
+    assert load_run(tmp_path / 'soup', dim=None).head.subcenters == 1
+
+
+@pytest.mark.parametrize('dim', [0, -1])
+def test_a_model_gives_at_least_one_number(tmp_path, dim):
+    save_run(tmp_path, new_model(), CONFIG)
+    with pytest.raises(ValueError, match=f'dim is {dim}') as error:
+        load_run(tmp_path, dim=dim)
+    assert is_one_sentence(error)
+
+
+def test_an_ingredient_was_trained_and_is_named_as_the_tower_or_begins_so(tmp_path, capsys):
+    for name in ('tiny', 'tiny_none', 'tinier_none'):
+        save_run(tmp_path / name, new_model(), CONFIG)
+    save_soup(average_states([tmp_path / 'tiny']), tmp_path / 'tiny_soup', [tmp_path / 'tiny'], 'uniform')
+    found = find_ingredients(tmp_path, ['tiny'], search=())
+    assert [run.name for run in found['tiny']] == ['tiny', 'tiny_none']
+    assert 'tiny_soup: left out, since it was not trained (method uniform)' in capsys.readouterr().out

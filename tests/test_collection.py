@@ -372,3 +372,35 @@ def test_vectors_of_a_submission_are_scaled_to_length_1(photos):
     colour = np.asarray(Image.open(path), np.float32).mean((0, 1))
     vectors, readable = vectors_of(SubmissionFile(module, photos), [path, str(photos / 'none.jpg')], 'some')
     assert np.allclose(vectors, colour / np.linalg.norm(colour), atol=1e-5) and readable.tolist() == [True, False]
+
+
+def test_parts_that_another_process_joins_while_they_are_read_lose_no_image(photos, monkeypatch, capsys):
+    frame, root = find_images(photos)
+    folders = [photos.parent / 'kept']
+    collect(frame.iloc[:5].reset_index(drop=True), root, MODEL, folders)
+    collection.embed_share(frame.iloc[5:].reset_index(drop=True), MODEL, folders, 0, 1)
+    original, raced = collection.read_parts, []
+
+    def joined_meanwhile(places):
+        listed = [file for folder in places for file in sorted(folder.glob('*.csv'))]
+        if not raced:
+            raced.append(True)
+            with monkeypatch.context() as patch:
+                patch.setattr(collection, 'read_parts', original)
+                collect(frame, root, MODEL, folders)
+            return [part for part in map(collection.read_part, listed) if part]
+        return original(places)
+
+    monkeypatch.setattr(collection, 'read_parts', joined_meanwhile)
+    monkeypatch.setattr(collection, 'embed_new', lambda *_: None)  # another process was as fast
+    found = collect(frame, root, MODEL, folders)
+    assert len(found.files) == len(frame) and 'vanished' not in capsys.readouterr().out
+
+
+def test_a_list_of_paths_is_searched_and_paths_that_do_not_exist_are_one_sentence(photos, tmp_path):
+    paths = sorted(photos.rglob('*.jpg'))[:3]
+    found = [find_images(given)[0]['path'].tolist() for given in (paths, tuple(map(str, paths)))]
+    assert found == [[*map(str, paths)]] * 2
+    with pytest.raises(FileNotFoundError, match='None of the images of the table exist, first .*no/such/a.jpg') as error:
+        find_images(pd.DataFrame({'path': ['no/such/a.jpg', 'no/such/b.jpg']}))
+    assert is_one_sentence(error)

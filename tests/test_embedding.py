@@ -307,3 +307,14 @@ def test_the_number_of_loading_processes_reaches_every_pass_over_the_images(trai
     selection_score(small_model(), splits, workers=0)
     embed_all(small_model(), splits, names=['selection_query'], workers=0)
     assert seen == [0] * 3
+
+
+def test_relative_paths_from_another_folder_are_other_images(train, tmp_path, monkeypatch):
+    for name, source in (('a', train['path'][0]), ('b', train['path'][40])):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(source, tmp_path / name / '0.png')
+    model, frame, found = small_model(), train.head(1).assign(path='0.png'), []
+    for name in 'aab':
+        monkeypatch.chdir(tmp_path / name)
+        found.append(embed(model, frame, cache=tmp_path / 'kept.npz'))
+    assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2], atol=1e-3)

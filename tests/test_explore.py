@@ -573,3 +573,16 @@ def test_the_page_begins_with_the_best_run_and_the_best_that_it_clearly_improves
     assert choose_pair(4, {(0, 1): unsure, (0, 2): sure, (0, 3): sure, (1, 2): sure}) == (2, 0)
     assert choose_pair(3, {(0, 1): unsure, (0, 2): (np.nan,) * 3, (1, 2): sure}) == (1, 0)
     assert choose_pair(1, {}) == (None, 0)
+
+
+def test_runs_lie_up_to_four_levels_below_and_a_damaged_one_is_left_out(tmp_path, capsys):
+    images = make_images(tmp_path / 'images')
+    vectors = make_vectors(images, .5, 1)
+    for place in ('runs/one', 'runs/demo/mine/soup', 'runs/a/b/c/run', 'runs/broken'):
+        (tmp_path / place).mkdir(parents=True)
+        make_queries(images, vectors).to_csv(tmp_path / place / 'queries.csv', index=False, errors='surrogateescape')
+    (tmp_path / 'runs/broken/queries.csv').write_text('another,table\n1,2\n')
+    page = explore(tmp_path / 'runs')
+    said = capsys.readouterr().out
+    assert f'Left out: {tmp_path}/runs/broken/queries.csv is not a table' in said and ': 3 runs' in said
+    assert all(name in page.path.read_text() for name in ('"demo/mine/soup"', '"a/b/c/run"', '"one"'))

@@ -2,6 +2,8 @@
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 
 from guie import checkpoints, datasets, embedding, files, plots, results, scores, splits, submission
 from guie.config import Config
-from guie.files import progress_bar, session_start
+from guie.files import progress_bar, session_start, write_text
 from tests.worlds import lock_folders
 
 
@@ -371,3 +373,18 @@ def test_a_line_that_others_rewrite_is_one_output_and_their_other_lines_are_prin
 def test_hours_count_from_the_notebooks_beginning_on_kaggle_alone(tmp_path):
     assert abs(session_start(tmp_path / 'no such folder') - time.time()) < 60
     assert session_start(tmp_path) == psutil.Process().create_time()
+
+
+def test_writers_of_one_file_do_not_meet_and_what_a_killed_one_left_goes(tmp_path):
+    code = ("import sys; from guie.files import write_text\n"
+            "for number in range(40): write_text(sys.argv[1], sys.argv[2] * 100_000)")
+    writers = [subprocess.Popen([sys.executable, '-c', code, tmp_path / 'a.txt', letter], stderr=subprocess.PIPE)
+               for letter in 'xyz']
+    assert [writer.communicate()[1] for writer in writers] == [b''] * 3
+    assert set((tmp_path / 'a.txt').read_text()) in ({'x'}, {'y'}, {'z'}) and [*tmp_path.iterdir()] == [tmp_path / 'a.txt']
+    gone, here = tmp_path / f'.part-{writers[0].pid}-a.txt', tmp_path / f'.part-{os.getppid()}-a.txt'
+    other = tmp_path / f'.part-{writers[0].pid}-b.txt'
+    for path in (gone, here, other):
+        path.touch()
+    write_text(tmp_path / 'a.txt', 'new')
+    assert sorted(tmp_path.iterdir()) == sorted([here, other, tmp_path / 'a.txt'])

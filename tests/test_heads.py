@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from runs import CONFIG, contents, is_one_sentence, new_model
 
 from guie import heads, towers
-from guie.checkpoints import load_run, open_checkpoint, save_run
+from guie.checkpoints import load_run, open_checkpoint, save_projection, save_run
 from guie.embedding import embed, embed_all
 from guie.errors import Diverged, InputError
 from guie.heads import Mirrored, classes_of, fit_head, head_gains, head_projection, projected, train_head
@@ -332,3 +332,13 @@ def test_a_head_on_the_joined_vectors_of_several_towers_is_a_run(splits, tmp_pat
     assert table['mp5'].iloc[0] > plain
     export_submission(tmp_path / 'joined', tmp_path / 'submission.zip')
     assert evaluate_submission(tmp_path / 'submission.zip', splits['train'][:6], splits['train'])['dim'] == 8
+
+
+def test_a_cached_head_that_is_trained_again_keeps_its_projection(train, tmp_path):
+    config = CONFIG.override(trains='cached head', augmentation='none', epochs=1)
+    splits = {'train': train}
+    train_head(config, splits, tmp_path / 'run')
+    save_projection(tmp_path / 'run', torch.nn.Linear(32, 8))
+    kept = (tmp_path / 'run/model.safetensors').read_bytes()
+    train_head(config, splits, tmp_path / 'run')
+    assert (tmp_path / 'run/model.safetensors').read_bytes() == kept

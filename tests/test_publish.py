@@ -156,7 +156,26 @@ def test_the_code_of_the_card_gives_the_runs_own_vector(runs, published, monkeyp
         else:
             assert (made['vector'].numpy() * expected).sum() > .98
     lines = [line for line in snippet(folder).splitlines() if line.startswith('    ')]
-    assert len(lines) == {'clip': 6, 'timm': 7, 'both': 15}[name]
+    assert len(lines) == {'clip': 7, 'timm': 8, 'both': 16}[name]
+
+
+@pytest.mark.parametrize('kind', ['turned', 'transparent', 'grey'])
+def test_the_code_of_the_card_reads_images_as_the_run_does(runs, published, monkeypatch, tmp_path, kind):
+    shutil.copytree(published['clip'], tmp_path / 'clip')
+    monkeypatch.chdir(tmp_path / 'clip')
+    image = Image.fromarray(random_image(32))
+    if kind == 'turned':
+        exif = Image.Exif()
+        exif[274] = 6
+        image.save('image.png', exif=exif)
+    elif kind == 'transparent':
+        image.putalpha(Image.fromarray(random_image(32, 1)[..., 0]))
+        image.save('image.png')
+    else:
+        image.convert('L').save('image.png')
+    Path('image.png').replace('image.jpg')
+    exec(snippet(tmp_path / 'clip'), made := {})
+    assert np.abs(made['vector'].numpy() - embed(load_run(runs / 'clip'), IMAGE)).max() < .02
 
 
 @pytest.mark.parametrize('name', ['clip', 'timm', 'both'])
@@ -193,6 +212,7 @@ def test_without_the_text_half_the_folder_is_smaller_and_says_so(runs, tmp_path)
 
 def test_a_text_half_that_cannot_be_loaded_is_one_sentence_and_nothing_is_written(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no media/miniature
+    monkeypatch.setattr('guie.towers.REPOSITORY', tmp_path)
     with pytest.raises(ValueError, match='text half .* is missing .*: turn the internet on, or pass text=False') as error:
         publish(runs / 'clip', tmp_path / 'out')
     assert is_one_sentence(error) and list(tmp_path.iterdir()) == []

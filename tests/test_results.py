@@ -104,13 +104,13 @@ def test_queries_csv_has_each_query_with_its_five_nearest(finished, splits):
 
 
 def test_names_of_any_bytes_and_fewer_than_five_images_come_back(tmp_path):
-    model, odd = new_model(), [os.fsdecode(b'caf\xe9.png'), 'a,"b"\r.png', 'NA']
+    model, odd = new_model(), [os.fsdecode(b'caf\xe9.png'), 'a,"b"\r.png', 'a\rb']
     save_run(tmp_path / 'run', model, CONFIG)
-    frame = pd.DataFrame({'path': odd, 'label': ['NA', 'null', ''], 'domain': 'x'}, dtype=object)
+    frame = pd.DataFrame({'path': odd, 'label': ['NA', 'n\rull', ''], 'domain': 'x'}, dtype=object)
     vectors = {name: l2_normalise(np.random.default_rng(0).standard_normal((3, 8))) for name in ('pca', 'query', 'index')}
     save_results(tmp_path / 'run', pd.DataFrame(), vectors, {'query': frame, 'index': frame})
     table = read_queries(tmp_path / 'run')
-    assert table['path'].tolist() == table['path_1'].tolist() == odd and table['label'].tolist() == ['NA', 'null', '']
+    assert table['path'].tolist() == table['path_1'].tolist() == odd and table['label'].tolist() == ['NA', 'n\rull', '']
     assert (table['path_4'] == '').all() and table['distance_4'].isna().all() and table['precision'].tolist() == [1, 1, 1]
     assert read_vectors(tmp_path / 'run')['index_paths'].tolist() == odd
 
@@ -271,3 +271,10 @@ def test_a_damaged_table_of_queries_is_printed_and_costs_one_run_its_interval(fi
     table = list_runs(tmp_path / 'runs').set_index('run')
     assert table['low'].isna().tolist() == [True, False, *table['low'].isna()[2:]] and len(table) == 4
     assert f'{tmp_path}/runs/a/queries.csv is not a table of save_results' in capsys.readouterr().out
+
+
+def test_the_score_of_a_run_is_that_of_the_most_numbers_up_to_64(tmp_path):
+    save_run(tmp_path, new_model(), CONFIG)
+    rows = [('untrained', 64, .2), ('ingredient', 512, .9), ('ingredient', 64, .5), ('ingredient', 16, .3)]
+    pd.DataFrame(rows, columns=['stage', 'dim', 'mp5']).to_csv(tmp_path / 'scores.csv')
+    assert open_checkpoint(tmp_path).score == .5

@@ -10,6 +10,7 @@ import torch
 from guie import retrieval
 from guie.projection import l2_normalise
 from guie.retrieval import mean_precision_at_5, nearest_neighbours, precision_at_5
+from tests.runs import is_one_sentence
 
 
 def brute_force(query, index, k, exclude=None):
@@ -270,3 +271,19 @@ def test_labels_of_any_kind_serve(kind):
 def test_labels_that_do_not_fit_the_vectors_are_an_error(n_query, n_index, exclude_self):
     with pytest.raises(ValueError, match='give one label a vector'):
         mean_precision_at_5(np.zeros((4, 2)), [0] * n_query, np.zeros((9, 2)), [0] * n_index, exclude_self)
+
+
+@pytest.mark.parametrize('missing', [None, np.nan, float('nan'), pd.NA, pd.NaT])
+def test_a_missing_label_is_one_sentence(missing):
+    vectors, labels = np.eye(4, dtype=np.float32), ['a', missing, missing, 'a']
+    for given in (labels, pd.Series(labels, dtype=object)):
+        with pytest.raises(ValueError, match='Labels are missing') as error:
+            precision_at_5(vectors, given, vectors, given)
+        assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize('rows', [1, 8193])  # one row of a chunk, which counts as contiguous
+def test_reversed_vectors_are_searched_as_they_are(rows):
+    vectors = np.random.default_rng(0).standard_normal((rows, 4)).astype(np.float32)
+    _, places = nearest_neighbours(vectors[:1], vectors[::-1], 1)
+    assert places.tolist() == [[rows - 1]]

@@ -490,3 +490,13 @@ def test_where_there_are_several_gpus_many_images_are_embedded_by_a_process_each
     assert np.allclose(found.vectors, embed(model, found.files.assign(label='')), atol=1e-6)
     monkeypatch.setattr('guie.search.launch', lambda *_, **__: pytest.fail('nothing is left to embed'))
     assert len(Search(tmp_path / 'run', photos).files) == 24
+
+
+def test_an_image_that_cannot_be_read_is_told_why(named, tmp_path):
+    whole = next(named.rglob('*.jpg')).read_bytes()
+    (tmp_path / 'half.jpg').write_bytes(whole[:len(whole) // 3])
+    (tmp_path / 'notes.heic').write_text('no image')
+    found = Search(zero_shot(), named, cache=tmp_path / 'kept')
+    for name, why in (('half.jpg', 'truncated|premature|broken'), ('notes.heic', 'files of this kind need pillow-heif')):
+        with pytest.raises(OSError, match=f'{name} cannot be read: .*({why})'):
+            found.like(tmp_path / name)

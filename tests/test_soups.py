@@ -533,3 +533,10 @@ def test_vectors_that_a_soup_keeps_name_the_images_that_could_not_be_read(train,
     shutil.copyfile(train['path'][0], tmp_path / 'broken.jpg')
     mended = embed(load_run(run, dim=None), splits['query'], cache=tmp_path / 'kept/query.npz')
     assert not np.allclose(mended[0], black[0], atol=1e-3) and np.array_equal(mended[1:], black[1:])
+
+
+def test_ingredients_with_other_initial_heads_are_named(tmp_path, capsys):
+    average_states(runs_of(tmp_path, (3, 4)))
+    assert 'began with different heads (head_seed 3, 4): their average is hardly a model.' in capsys.readouterr().out
+    average_states([tmp_path / 'tiny_3', tmp_path / 'tiny_3'])
+    assert 'different heads' not in capsys.readouterr().out

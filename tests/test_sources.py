@@ -48,8 +48,10 @@ def test_what_is_joined_and_what_is_left_out_is_printed(tmp_path, capsys):
     ({'a/b/cat': 2, 'a/b/dog': 3}, 'give {}/data/a/b instead, which holds 2 folders (cat, dog).'),
     ({'pets/train/cat': 2, 'pets/val/cat': 3}, 'give {}/data/pets instead, which holds 2 folders (train, val).'),
     ({'pets/cat': 1, 'pets/dog': 1, 'cars/audi': 1, 'cars/bmw': 1, 'cars/kia': 1},
-     '{}/data holds 2 folders (cars, pets) that have no images but 5 folders of them (audi, bmw, kia, cat and 1 more): if '
-     'these are the classes, give as DATA a list of the 2 folders; if they are not, a CSV with path,label.'),
+     '{}/data holds 2 folders (cars, pets) that have hardly an image but 5 folders of them (audi, bmw, kia, cat and 1 '
+     'more): if these are the classes, give as DATA a list of the 2 folders; if they are not, a CSV with path,label.'),
+    ({'pets/cat': 1, 'pets/dog': 1, 'cars/audi': 1, 'cars/bmw': 1, 'food/pie': 1, 'food': 1},
+     'hardly an image but 5 folders'),
     ({'train/cat': 2, 'val/cat': 2, 'cow': 1},
      '{}/data holds train, val with class folders in them beside cow: give as DATA a list of the folders that are meant, '
      "as ['{}/data/train', '{}/data/val']."),
@@ -137,3 +139,10 @@ def test_a_notebooks_data_are_load_datas_arguments(data, expected):
 def test_an_unknown_part_of_data_is_one_sentence():
     with pytest.raises(ValueError, match=r"^DATA has no part 'quary'; give train, .*\. Did you mean query\?$"):
         data_sources({'train': '/my/pets', 'quary': 'q.csv'})
+
+
+@pytest.mark.parametrize('data', [5, 1.5, True, b'pets'])
+def test_what_names_no_data_is_one_sentence(data):
+    with pytest.raises(ValueError, match='DATA is .*; give a folder of class folders') as error:
+        data_sources(data)
+    assert is_one_sentence(error)

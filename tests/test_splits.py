@@ -1,5 +1,6 @@
 """Splits: which classes a run trains on, and objects held out of them; as a table, and as a file."""
 import os
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 from guie.config import Config
 from guie.datasets import read_dataset
 from guie.scores import score_table
-from guie.splits import Splits, load_data, sample_classes, sample_objects, select_classes, selection_hash, split_by_class
+from guie.splits import (
+    Splits,
+    describe,
+    load_data,
+    sample_classes,
+    sample_objects,
+    select_classes,
+    selection_hash,
+    split_by_class,
+)
 from tests.runs import is_one_sentence
 from tests.worlds import table, write_files
 
@@ -341,3 +351,22 @@ def test_splits_have_the_name_of_their_data(tmp_path, sources, name):
     if sources.endswith('.csv'):
         (tmp_path / sources).write_text('path,label\n' + ''.join(f'pets/{k}/{n}.jpg,{k}\n' for k in 'abc' for n in range(3)))
     assert load_data(tmp_path / sources, config=Config(min_images=1)).name == name
+
+
+def test_a_class_of_one_image_is_not_held_out(tmp_path, capsys):
+    counts = {f'many{number}': 6 for number in range(30)} | {f'one{number}': 1 for number in range(120)}
+    write_files(tmp_path / 'set', [f'{name}/{name}_{number}.jpg' for name, count in counts.items()
+                                   for number in range(count)])
+    splits = load_data(tmp_path / 'set', config=Config())
+    for query, index in (('query', 'index'), ('selection_query', 'selection_index')):
+        assert set(splits[query]['label']) == set(splits[index]['label']) and splits[query]['label'].nunique() >= 2
+    assert not any(label.startswith('one') for part in splits.values() for label in part['label'])
+    assert re.search(r'Only \d objects of query are in index too, so scores on them are rough.', capsys.readouterr().out)
+
+
+def test_a_table_without_domains_is_described_and_unused_categories_are_not_drawn():
+    frame = table({f'{number:02d}': 5 for number in range(9)})
+    assert describe(frame.drop(columns='domain')) == f'45 images of 9 classes, hash {selection_hash(frame)}'
+    few = frame.assign(label=frame['label'].astype('category'))
+    few = few[few['label'].isin(['00', '01', '02'])]
+    assert select_classes(few, n_classes=3)['label'].nunique() == 3

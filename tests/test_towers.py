@@ -1,6 +1,7 @@
 """Towers by name, from open_clip and timm: what is found from the model, and that ours are open_clip's own, only faster."""
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -10,6 +11,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 
+from guie import towers
 from guie.checkpoints import load_run, open_checkpoint, save_run
 from guie.config import Config
 from guie.errors import InputError
@@ -29,6 +31,7 @@ from guie.towers import (
 )
 from guie.training import fit
 from tests.families import FAMILIES, REFUSED, VARIANTS, FirstUses, on_meta
+from tests.runs import is_one_sentence, same
 
 MINIATURE = 'local-dir:media/miniature'
 
@@ -57,7 +60,7 @@ def test_a_larger_image_size_resizes_the_position_embedding_only(tower):
     ('ViT-H-14', 'laion3b', 'its tags are laion2b_s32b_b79k'),
     ('ViT-H-14', '', 'neither a weights file nor a tag'),
     ('ViT-L-14', __file__, 'tag@'),
-    ('local-dir:nowhere', '', 'No such file or directory.*nowhere'),
+    ('local-dir:nowhere', '', 'There is no folder nowhere of a model'),
     ('timm:efficientnet_light0', 'random', 'Did you mean'),
     ('timm:efficientnet_lite0', 'nowhere.pth', 'does not exist'),
     ('timm:test_efficientnet', __file__, 'is text, not weights: give'),
@@ -409,3 +412,24 @@ def test_weights_that_are_not_there_are_one_sentence(pretrained, words):
     with pytest.raises(ValueError, match=words) as error:
         weights_source('ViT-B-32', pretrained)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('resnet18', "open_clip has no model 'resnet18': write 'timm:resnet18'."),
+    ('media/miniature', "open_clip has no model 'media/miniature': write 'local-dir:media/miniature'."),
+    ('local-dir:no/such', 'There is no folder no/such of a model: check the path after local-dir:.')])
+def test_a_name_of_another_kind_has_a_hint(name, hint):
+    with pytest.raises(ValueError) as error:
+        load_image_tower(name, 'random')
+    assert hint in str(error.value) and is_one_sentence(error)
+
+
+def test_the_miniature_is_found_from_any_folder(tmp_path, monkeypatch):
+    expected = load_image_tower('local-dir:media/miniature', image_size=32)
+    monkeypatch.chdir(tmp_path)
+    found = load_image_tower('local-dir:media/miniature', image_size=32)
+    assert found.spec == expected.spec and same(found.state_dict(), expected.state_dict())
+    with monkeypatch.context() as patch:  # one's own folder comes first
+        (tmp_path / 'media/miniature').mkdir(parents=True)
+        patch.setattr(towers, 'REPOSITORY', tmp_path / 'elsewhere')
+        assert towers.local_folder('local-dir:media/miniature') == Path('media/miniature')

@@ -32,12 +32,12 @@ from runs import (
 from test_embedding import kill_workers
 
 from guie import training
-from guie.checkpoints import load_run, open_checkpoint
+from guie.checkpoints import load_run, open_checkpoint, save_projection
 from guie.config import Config, different_fields
 from guie.datasets import read_dataset
 from guie.embedding import embed
 from guie.errors import Stopped
-from guie.files import state_hash
+from guie.files import file_hash, state_hash
 from guie.images import ImageDataset, loader
 from guie.model import Embedder, SubcenterHead, param_groups
 from guie.resume import Progress, is_whole, saved_states
@@ -471,3 +471,19 @@ def test_a_notebook_that_is_interrupted_while_it_trains_keeps_its_state_and_its_
         kernel.stop_channels()
         manager.shutdown_kernel(now=True)
     assert is_whole(saved_states(tmp_path / 'run/state')[0])
+
+
+@pytest.mark.parametrize('changes', [{}, {'validate_every': 4}])
+def test_a_finished_run_that_is_trained_again_keeps_its_projection(train, tmp_path, changes):
+    config, validate = CONFIG.override(**changes), (lambda model: .5) if changes else None
+    fit(config, small_model(), train, tmp_path / 'run', validate)
+    save_projection(tmp_path / 'run', torch.nn.Linear(32, 8))
+    kept = file_hash(tmp_path / 'run/model.safetensors')
+    fit(config, small_model(), train, tmp_path / 'run', validate)
+    assert file_hash(tmp_path / 'run/model.safetensors') == kept and open_checkpoint(tmp_path / 'run').projection
+
+
+def test_margins_grow_to_a_right_angle_at_most():
+    config = CONFIG.override(margin_growth=.5)
+    assert training.widened(torch.tensor([.05, .5]), 2, config).tolist() == pytest.approx([1.05, 1.5])
+    assert training.widened(torch.tensor([.05, .5]), 9, config).tolist() == pytest.approx([math.pi / 2] * 2)

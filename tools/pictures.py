@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402  (the repository's root is not a package)
 import utilities  # noqa: E402
+from guie.pictures import find_five  # noqa: E402
 from guie.projection import project  # noqa: E402
+from guie.results import read_vectors  # noqa: E402
 
 PARTS = ('pca', 'query', 'index')
 
@@ -37,8 +39,10 @@ def models(runs=demo.RUNS):
         found['soup', f'soup of {tower}'] = kept_vectors(runs / f'soup_{tower}' / 'vectors')
     soups = [vectors for (stage, _), vectors in found.items() if stage == 'soup']
     found['ensemble', 'both soups'] = {part: utilities.concatenate([soup[part] for soup in soups]) for part in PARTS}
-    order = sorted(found, key=lambda key: demo.STAGES.index(key[0]))
-    return {key: project(found[key]) for key in order}
+    points = {key: project(vectors) for key, vectors in found.items()}
+    kept = read_vectors(runs / 'zero_shot')  # by the PCA of texts
+    points['zero-shot', 'PCA of names'] = kept['query'], kept['index']
+    return {key: points[key] for key in sorted(points, key=lambda key: demo.STAGES.index(key[0]))}
 
 
 def save(figure, path):
@@ -56,13 +60,14 @@ def save_small(file, path):
 
 
 def draw_queries(splits, projected, path, seed=5):
-    """The same five random queries and their five nearest images by three models; green: the same object."""
+    """The same five random queries and their five nearest images by three models; green: the same object, red: another,
+    grey: another where the index has no more."""
     shown = {'before training': ('untrained', 'vit_h_224'), 'one ingredient': ('ingredient', 'vit_h_224_none'),
              'the ensemble': ('ensemble', 'both soups')}
     chosen = np.random.default_rng(seed).choice(len(splits['query']), 5, replace=False)
     figure = plt.figure(figsize=(13, 4))
     panels = figure.subfigures(1, 1 + len(shown), width_ratios=[1.15, 5, 5, 5], wspace=0)
-    labels, paths = splits['index']['label'].to_numpy(), splits['index']['path'].to_numpy()
+    paths = splits['index']['path'].to_numpy()
 
     def fill(panel, title, rows):
         panel.suptitle(title, fontsize=11)
@@ -76,10 +81,8 @@ def draw_queries(splits, projected, path, seed=5):
 
     fill(panels[0], 'query', [[(splits['query']['path'].iloc[query], 'black')] for query in chosen])
     for panel, (title, key) in zip(panels[1:], shown.items()):
-        query, index = projected[key]
-        _, near = utilities.nearest_neighbours(query[chosen], index, 5)
-        right = labels[near] == splits['query']['label'].to_numpy()[chosen, None]
-        fill(panel, title, [list(zip(*row)) for row in zip(paths[near], np.where(right, 'tab:green', 'tab:red'))])
+        five = find_five(splits, dict(zip(('query', 'index'), projected[key])), chosen)
+        fill(panel, title, [list(zip(*row)) for row in zip(paths[five.places], five.colours)])
     save(figure, path)
 
 
