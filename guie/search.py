@@ -127,8 +127,12 @@ class Search:
         """The unit vector of an image file: float32 (dim,)."""
         vectors, _ = vectors_of(self.model, [path], 'embedding', workers=0)
         if not len(vectors):
-            read_pixels(str(path), 64)  # raises, with the reason
-            raise FileError(printable(f'The image {path} cannot be read: check the file, or give another one.'))
+            why = f'The image {path} cannot be read'
+            try:
+                read_pixels(str(path), 64)
+            except FileError as error:
+                why = str(error).rstrip('.')
+            raise FileError(printable(f'{why}: check the file, or give another one.'))
         return vectors[0]
 
     def open_texts(self):
