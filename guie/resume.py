@@ -281,7 +281,7 @@ def copy_attached_state(run_dir, config, data, search=ATTACHED):
             shutil.copytree(state, folder / 'unfinished', copy_function=shutil.copyfile)
             (folder / 'unfinished').replace(folder / state.name)
         except OSError as error:
-            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first file's
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.__cause__ or error  # the first file's
             raise FileError(f'{state} could not be copied into {folder} ({reason}): free some space or choose another '
                             f'OUT_DIR.') from error
         return print(f'{run_dir.name}: {state} was copied here')

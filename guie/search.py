@@ -95,7 +95,7 @@ class Search:
     def text(self, words, k=5, *, draw=True):
         """The k images that a text describes best, as `like` returns and shows them; for the run of an open_clip model.
         Texts are compared with the vectors of the tower alone where a head was trained; the first text embeds these. It also
-        prints how well texts find images here: recall@5 of their labels. ValueError: a model without a text half."""
+        prints for how many labels a text finds an image of theirs. ValueError: a model without a text half."""
         k = whole_number(k)
         if not isinstance(words, str) or not words.strip():
             raise InputError(f'The text to search for is {words!r}: give some words, such as \'a red bag\'.')

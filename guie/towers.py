@@ -102,12 +102,16 @@ def local_folder(model_name):
     return REPOSITORY / folder if not folder.exists() and (REPOSITORY / folder).exists() else folder
 
 
+def with_folder(model_name):
+    """A name as open_clip finds it from the current folder: that of a 'local-dir:' has its local_folder."""
+    return f'local-dir:{local_folder(model_name)}' if model_name.startswith('local-dir:') else model_name
+
+
 def load_open_clip(model_name, pretrained, image_size=None, *, text=True):
     """open_clip's whole CLIP with weights, never silently random. text: False leaves out the text half of a file."""
-    if model_name.startswith('local-dir:'):
-        if not local_folder(model_name).is_dir():
-            raise InputError(f'There is no folder {local_folder(model_name)} of a model: check the path after local-dir:.')
-        model_name = f'local-dir:{local_folder(model_name)}'
+    if model_name.startswith('local-dir:') and not local_folder(model_name).is_dir():
+        raise InputError(f'There is no folder {local_folder(model_name)} of a model: check the path after local-dir:.')
+    model_name = with_folder(model_name)
     random = pretrained == 'random' or pretrained.endswith('@random')
     source, facts, file = None, {}, None
     if not model_name.startswith(('local-dir:', 'hf-hub:')):
@@ -183,8 +187,7 @@ def load_image_tower(model_name, pretrained='', image_size=None):
     if model_name.startswith('timm:'):
         return load_timm_tower(model_name, pretrained, image_size)
     tower = load_open_clip(model_name, pretrained, image_size, text=False).visual
-    here = f'local-dir:{local_folder(model_name)}' if model_name.startswith('local-dir:') else model_name
-    config = open_clip.get_model_config(here)
+    config = open_clip.get_model_config(with_folder(model_name))
     quick = any(isinstance(module, QuickGELU) for module in tower.modules())
     own = isinstance(tower, VisionTransformer)
     size, facts = tower.image_size, tower.preprocess_cfg
